@@ -1,0 +1,1 @@
+"""Arithmetic about a run: costs, balance, curves. Imports only `config`."""

@@ -1,0 +1,222 @@
+"""FLOPs, parameters and message bytes of every unit of the chain, from sizes alone (reference performance section 2).
+
+Two FLOPs per multiply-add; norms, softmax, embeddings and element-wise work are not counted. Symbols: s encoder and t
+decoder positions, h width, p width of all heads, f feed-forward width, v vocabulary, n masked slots, m target slots.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from megatron_metro.config.chain import Unit, build_chain
+from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.lengths import Lengths, mean_lengths
+from megatron_metro.config.payload import payload_rows
+from megatron_metro.config.schema import ModelConfig, RunConfig
+
+BACKWARD_OVER_FORWARD = 2  # gradients of inputs and of weights: one matrix product each
+CAUSAL_SHARE = 0.5  # of the score matrix that a causal kernel computes
+FIRST_POSITION_ROW = 2  # rows of a position table before the first position (reference section 1.4)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitCost:
+    """What one unit costs per sequence and what a boundary after it sends."""
+
+    unit: Unit
+    forward_flops: float  # per sequence
+    parameters: int  # the weights it reads; shared ones appear at every reader
+    bytes_sent: int  # per microbatch, were the chain cut after it; 0 after the last unit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MessageFormat:
+    """What else fixes the bytes of a message: sequences, bytes per number, shards of the sequence."""
+
+    micro_batch_size: int = 1
+    element_size: int = 4
+    sequence_shards: int = 1
+
+
+def unit_costs(model: ModelConfig, lengths: Lengths, message: MessageFormat | None = None) -> tuple[UnitCost, ...]:
+    """Costs of all units in order, with every layer at full length, as the model is built."""
+    message = message if message is not None else MessageFormat()
+    return tuple(
+        UnitCost(
+            unit=unit,
+            forward_flops=forward_flops(unit, model, lengths),
+            parameters=count_parameters([unit], model),
+            bytes_sent=0 if unit.kind == "lm_head" else message_bytes(unit, model, lengths, message),
+        )
+        for unit in build_chain(model)
+    )
+
+
+def message_bytes(unit: Unit, model: ModelConfig, lengths: Lengths, message: MessageFormat) -> int:
+    """Bytes each tensor-parallel rank sends after a piece that ends with `unit`, per microbatch and direction."""
+    rows = payload_rows(
+        unit,
+        model,
+        encoder_length=lengths.encoder,
+        decoder_length=lengths.decoder,
+        num_masked_slots=round(lengths.masked),
+        sequence_shards=message.sequence_shards,
+    )
+    return rows.total * message.micro_batch_size * model.hidden_size * message.element_size
+
+
+def training_flops(model: ModelConfig, lengths: Lengths, *, minimal: bool = False) -> float:
+    """FLOPs of forward and backward of one sequence, without recomputation.
+
+    `minimal` counts what identical mathematics needs: the last generator and decoder layers have queries at the slots
+    only. This is the count behind MFU. Otherwise every layer runs at full length, as the model is built.
+    """
+    forward = sum(forward_flops(unit, model, lengths, minimal=minimal) for unit in build_chain(model))
+    return forward * (1 + BACKWARD_OVER_FORWARD)
+
+
+def step_flops(config: RunConfig, global_batch_size: int) -> float:
+    """Minimal FLOPs of a whole training step, over all devices: what throughput and MFU are counted with."""
+    return training_flops(config.model, mean_lengths(config), minimal=True) * global_batch_size
+
+
+def forward_flops(unit: Unit, model: ModelConfig, lengths: Lengths, *, minimal: bool = False) -> float:
+    """Forward FLOPs of one unit for one sequence; `minimal` as in `training_flops`."""
+    h, s = model.hidden_size, lengths.encoder
+    match unit.kind:
+        case "generator_layer":
+            is_last = unit.index == model.generator_num_layers - 1
+            return _encoder_layer_flops(model, s, lengths.masked if minimal and is_last else s)
+        case "mlm_head":
+            dense = 2 * lengths.masked * h**2 if model.mlm_head == "roberta" else 0.0
+            return dense + 2 * lengths.masked * h * vocabulary(model)
+        case "encoder_layer":
+            return _encoder_layer_flops(model, s, s)
+        case "encoder_head":
+            dense = 2 * s * h**2 if model.rtd_head == "roberta" else 0.0
+            return dense + 2 * s * h if model.has_rtd_head else 0.0
+        case "decoder_layer":
+            is_last = unit.index == model.decoder_num_layers - 1
+            return _decoder_layer_flops(model, lengths, lengths.targets if minimal and is_last else lengths.decoder)
+        case "lm_head":
+            return 2 * lengths.targets * h * vocabulary(model)
+        case _:
+            return 0.0
+
+
+def _encoder_layer_flops(model: ModelConfig, s: int, queries: float) -> float:
+    """A layer that sees `s` positions and computes its output at `queries` of them: 24 s h^2 + 4 s^2 h when all."""
+    h, p = model.hidden_size, _heads_width(model)
+    keys_and_values, query_and_output = 4 * s * h * p, 4 * queries * h * p
+    return keys_and_values + query_and_output + 4 * queries * s * p + _feed_forward_flops(model, queries)
+
+
+def _decoder_layer_flops(model: ModelConfig, lengths: Lengths, queries: float) -> float:
+    """28 t h^2 + 4 s h^2 + 4 c t^2 h + 4 s t h when all positions are queries."""
+    h, p, s, t = model.hidden_size, _heads_width(model), lengths.encoder, lengths.decoder
+    self_attention = 4 * t * h * p + 4 * queries * h * p + 4 * CAUSAL_SHARE * queries * t * p
+    cross_attention = 4 * s * h * p + 4 * queries * h * p + 4 * queries * s * p
+    return self_attention + cross_attention + _feed_forward_flops(model, queries)
+
+
+def _feed_forward_flops(model: ModelConfig, positions: float) -> float:
+    num_matrices = 3 if model.activation == "gated-gelu" else 2
+    return 2 * num_matrices * positions * model.hidden_size * model.ffn_hidden_size
+
+
+def count_parameters(units: Iterable[Unit], model: ModelConfig) -> int:
+    """Parameters of a piece (or of the whole chain): a weight that several of the units read counts once."""
+    weights: dict[str, int] = {}
+    for unit in units:
+        weights |= unit_weights(unit, model)
+    return sum(weights.values())
+
+
+def main_model(model: ModelConfig) -> ModelConfig:
+    """The encoder-decoder alone: what is released after pretraining."""
+    return replace(model, generator_num_layers=0)
+
+
+def unit_weights(unit: Unit, model: ModelConfig) -> dict[str, int]:
+    """Sizes of the weights a unit reads, unpadded and before tensor parallelism.
+
+    Shared weights bear their checkpoint name; the others are summed under the unit's own name.
+    """
+    words = {"word_embeddings.weight": vocabulary(model) * model.hidden_size}
+    match unit.kind:
+        case "generator_embedding":
+            shares = model.generator_embedding_sharing == "token_pos_norm"
+            return words | _embedding_weights("encoder" if shares else "generator", model)
+        case "encoder_embedding":
+            return words | _embedding_weights("encoder", model)
+        case "decoder_embedding":
+            return words | _embedding_weights("decoder", model)
+        case "mlm_head":
+            dense = _dense_and_norm(model) if model.mlm_head == "roberta" else 0
+            own = dense + _final_norm(model) + vocabulary(model)
+            return words | _embedding_weights("encoder", model) | {str(unit): own}
+        case "encoder_head":
+            return {str(unit): _final_norm(model) + _rtd_head(model)}
+        case "lm_head":
+            final_norm = {str(unit): _final_norm(model)}
+            if model.untie_embeddings_and_output_weights:
+                return {"lm_head.weight": vocabulary(model) * model.hidden_size} | final_norm
+            return words | final_norm
+        case _:
+            return _layer_weights(unit, model)
+
+
+def _embedding_weights(network: str, model: ModelConfig) -> dict[str, int]:
+    weights = {}
+    if model.position_embedding_type == "learned_absolute":
+        rows = model.max_position_embeddings + FIRST_POSITION_ROW
+        weights[f"{network}.position_embeddings.weight"] = rows * model.hidden_size
+    if model.norm_placement == "post":
+        weights[f"{network}.embedding_norm"] = _norm(model)
+    return weights
+
+
+def _layer_weights(unit: Unit, model: ModelConfig) -> dict[str, int]:
+    h, f, p, bias = model.hidden_size, model.ffn_hidden_size, _heads_width(model), model.add_bias_linear
+    is_decoder = unit.kind == "decoder_layer"
+    attention = 4 * h * p + (3 * p + h if bias else 0)
+    inner = 2 * f if model.activation == "gated-gelu" else f
+    feed_forward = inner * h + f * h + (inner + h if bias else 0)
+    own = (2 if is_decoder else 1) * attention + feed_forward + (3 if is_decoder else 2) * _norm(model)
+    table = model.relative_attention_num_buckets * model.num_attention_heads
+    has_bias = model.relative_attention_decoder or not is_decoder
+    if has_bias and model.relative_attention == "per_layer":
+        own += table
+    weights = {str(unit): own}
+    if has_bias and model.relative_attention == "per_stack":
+        weights[f"{unit.network}.relative_bias.weight"] = table
+    return weights
+
+
+def _rtd_head(model: ModelConfig) -> int:
+    if not model.has_rtd_head:
+        return 0
+    dense = _dense_and_norm(model) if model.rtd_head == "roberta" else 0
+    return dense + model.hidden_size + 1
+
+
+def _dense_and_norm(model: ModelConfig) -> int:
+    return model.hidden_size**2 + model.hidden_size + _norm(model)
+
+
+def _norm(model: ModelConfig) -> int:
+    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+
+
+def _final_norm(model: ModelConfig) -> int:
+    return _norm(model) if model.norm_placement == "pre" else 0
+
+
+def _heads_width(model: ModelConfig) -> int:
+    return model.num_attention_heads * model.head_size
+
+
+def vocabulary(model: ModelConfig) -> int:
+    """Rows of the token matrix, which must be resolved."""
+    if model.vocab_size is None:
+        raise ConfigError("--vocab-size is not given and no tokenizer is loaded; give --vocab-size to count costs")
+    return model.vocab_size

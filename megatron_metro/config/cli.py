@@ -1,0 +1,175 @@
+"""Flags, YAML file and preset to one checked RunConfig, and back to a dump and a file."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.fields import Setting, change_values, list_settings, read_value, shorten
+from megatron_metro.config.files import write_atomically
+from megatron_metro.config.flags import SHORTHANDS, SPELLINGS, judge_foreign_flag, list_foreign_flags
+from megatron_metro.config.presets import PRESETS
+from megatron_metro.config.schema import RunConfig
+from megatron_metro.config.source import Source, find_nearest, read_file
+from megatron_metro.config.validation import resolve, validate
+
+DESCRIPTION = """\
+Every setting of a run is one flag with Megatron's name and meaning. Flags win over --config, which wins over --preset.
+Each switch has a --no-x form; the word none unsets a value that may be missing. Flags of Megatron that are not listed
+here are ignored with a warning or refused with the reason. Integers are digits, numbers look like 0.1 or 4e-4."""
+
+ReadWords = Callable[[str, list[str]], None]  # called with the spelling of a flag and the words after it
+
+
+def parse_run(argv: Sequence[str], world_size: int) -> RunConfig:
+    """The resolved, valid run that flags describe for `world_size` processes; raises ConfigError, one line."""
+    config = resolve(read_run(argv), world_size)
+    validate(config, world_size)
+    return config
+
+
+def read_run(argv: Sequence[str]) -> RunConfig:
+    """The run that flags describe, each value checked by itself; neither resolved nor validated."""
+    flags = _read_flags(argv)
+    file = Source() if flags.config_path is None else read_file(flags.config_path)
+    return _merge(flags.preset or file.preset, file, flags)
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The run that a YAML file describes: the same again for a file that `save_config` wrote."""
+    file = read_file(str(path))
+    return _merge(file.preset, file)
+
+
+def _merge(preset: str | None, *sources: Source) -> RunConfig:
+    """A preset or the defaults, changed by each source in turn."""
+    config = RunConfig() if preset is None else PRESETS[preset]()
+    for source in sources:
+        config = change_values(config, source.list_values())
+    return config
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write a run as YAML, atomically, so that `--config` gives back the same run; raises StorageError."""
+    sections: dict[str, dict[str, Any]] = {}
+    for setting in list_settings().values():
+        value = read_value(config, setting)
+        sections.setdefault(setting.section, {})[setting.name] = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=float("inf"))
+    write_atomically(Path(path), text.encode())
+
+
+def format_config(config: RunConfig) -> str:
+    """Megatron's dump of arguments: dotted, sorted without regard to case, between rulers."""
+    lines = [
+        f"  {name} {'.' * (48 - len(name))} {read_value(config, setting)}" for name, setting in list_settings().items()
+    ]
+    opening, closing = (f" {title} ".center(66, "-") for title in ("arguments", "end of arguments"))
+    return "\n".join([opening, *sorted(lines, key=str.lower), closing])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')}; --help shows how it is given")
+
+
+class _Collect(argparse.Action):
+    """Passes the spelling of a flag and the words after it on."""
+
+    def __init__(self, *, read: ReadWords, **options: Any) -> None:
+        super().__init__(**options)
+        self.read = read
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        assert option_string is not None
+        self.read(option_string, [values] if isinstance(values, str) else list(values))
+
+
+def _read_flags(argv: Sequence[str]) -> Source:
+    source = Source()
+    _, unknown = _build_parser(source).parse_known_args(list(argv))
+    if unknown:
+        _refuse(unknown)
+    return source
+
+
+def _refuse(unknown: Sequence[str]) -> NoReturn:
+    flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+    if flag is None:
+        raise ConfigError(f"{shorten(unknown[0])} stands where a flag belongs; flags start with --")
+    known = [spelling for setting in list_settings().values() for spelling in (*setting.flags, *setting.negatives)]
+    nearest = find_nearest("--" + flag.lstrip("-"), [*known, *SHORTHANDS, *SPELLINGS, "--preset", "--config"])
+    raise ConfigError(f"{shorten(flag)} is not a flag; the nearest is {nearest} (--help lists all)")
+
+
+def _build_parser(source: Source) -> _Parser:
+    """A parser that fills `source`; flags are grouped by section so that --help reads from top to bottom."""
+    parser = _Parser(
+        usage="%(prog)s [--preset NAME] [--config run.yaml] [flags]",
+        description=DESCRIPTION,
+        epilog="presets:\n" + "\n".join(f"  {name:15s}{make.__doc__}" for name, make in PRESETS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    bases = parser.add_argument_group("start", "Where the values of flags that are not given come from.")
+    bases.add_argument(
+        "--preset", metavar="NAME", action=_Collect, read=source.set_preset, help="a named run, listed at the end"
+    )
+    bases.add_argument(
+        "--config",
+        metavar="FILE",
+        action=_Collect,
+        read=source.set_config_path,
+        help="settings in YAML, by section or flat",
+    )
+    for section in fields(RunConfig):
+        group = parser.add_argument_group(section.name, type(section.default).__doc__)
+        for setting in list_settings().values():
+            if setting.section == section.name:
+                group.add_argument(
+                    *setting.flags,
+                    *setting.negatives,
+                    action=_Collect,
+                    read=partial(_read_setting, source, setting),
+                    help=_describe(setting),
+                    **_describe_words(setting),
+                )
+    hidden: list[tuple[str, ReadWords, int | str | None]] = [
+        *((flag, partial(source.set_shorthand, flag), None) for flag in SHORTHANDS),
+        *((flag, partial(source.set_spelling, flag), 0) for flag in SPELLINGS),
+        *((flag, partial(judge_foreign_flag, flag), "*") for flag in list_foreign_flags()),
+    ]
+    for flag, read, nargs in hidden:
+        parser.add_argument(flag, action=_Collect, read=read, nargs=nargs, help=argparse.SUPPRESS)
+    return parser
+
+
+def _read_setting(source: Source, setting: Setting, flag: str, words: list[str]) -> None:
+    if setting.kind is bool:
+        source.set_value(setting, flag, flag not in setting.negatives)
+    else:
+        is_unset = words == ["none"] and (setting.is_list or setting.is_optional)
+        source.set_field(setting, flag, None if is_unset else words)
+
+
+def _describe(setting: Setting) -> str:
+    default = setting.default
+    if setting.kind is bool:
+        default = "on" if default else "off"
+    elif default in (None, ()):
+        default = "none"
+    return f"{setting.metadata['help']} (default: {default})".replace("%", "%%")
+
+
+def _describe_words(setting: Setting) -> Mapping[str, Any]:
+    if setting.kind is bool:
+        return {"nargs": 0}
+    word = {int: "N", float: "X", str: "TEXT"}[setting.kind]
+    if setting.choices:
+        word = "{" + ",".join(setting.choices) + "}"
+    return {"nargs": (setting.length or "+") if setting.is_list else None, "metavar": word}

@@ -1,0 +1,60 @@
+"""Errors a user can cause, each with the exit code its process ends with."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+# What a user can do nothing about would bury what a tool says. Set here because every entry point loads this module
+# before megatron-core, which warns of NVIDIA's kernels that are not there and of a default of its own, and calls
+# torch.distributed by names that torch 2.13 calls old.
+warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (are|is) not installed", UserWarning)
+warnings.filterwarnings("ignore", "full scope is deprecated. Use empty cuda_graph_scope", UserWarning)
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+class MetroError(Exception):
+    """Base of all errors that end a tool with one line on standard error; subclasses choose the exit code."""
+
+    exit_code: ClassVar[int] = 70
+
+
+class ConfigError(MetroError, ValueError):
+    """A flag, a configuration file or a combination of them cannot work."""
+
+    exit_code = 64
+
+
+class DataError(MetroError, ValueError):
+    """Text, token files or a tokenizer are missing, damaged or do not belong together."""
+
+    exit_code = 65
+
+
+class CheckpointError(MetroError, ValueError):
+    """A checkpoint is missing, damaged or does not fit the run."""
+
+    exit_code = 66
+
+
+class StorageError(MetroError, OSError):
+    """The file system refused a write."""
+
+    exit_code = 74
+
+
+class UnsafeError(MetroError, ValueError):
+    """A file asks for something that could run foreign code."""
+
+    exit_code = 77
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End the process with one line on standard error and the error's exit code when the body raises a MetroError."""
+    try:
+        yield
+    except MetroError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
+        raise SystemExit(error.exit_code) from None

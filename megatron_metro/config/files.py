@@ -1,0 +1,63 @@
+"""Files that exist whole or not at all: written under a temporary name, synchronised, renamed."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megatron_metro.config.errors import StorageError
+
+
+@contextmanager
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """A fresh empty file beside `path`, removed at the end unless it has been renamed; its folder is made.
+
+    Raises StorageError, naming the file and the cause, when the file system refuses.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        # mkstemp makes private files; what is published gets the permissions an ordinary write would give.
+        temporary.chmod(0o666 & ~_current_umask())
+        yield temporary
+    except StorageError:
+        raise
+    except OSError as error:
+        cause = error.strerror or error
+        raise StorageError(f"cannot write {path}: {cause}; free space or choose another folder") from error
+    finally:
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished temporary file its final name; both survive a loss of power from then on."""
+    _synchronise(temporary)
+    temporary.replace(path)
+    _synchronise(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file, or leave what was there."""
+    with temporary_sibling(path) as temporary:
+        temporary.write_bytes(content)
+        publish(temporary, path)
+
+
+def _synchronise(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

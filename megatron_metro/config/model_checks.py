@@ -1,0 +1,146 @@
+"""Checks of what is trained: the model, its lengths and its objective, also against the tensor-parallel size."""
+
+from megatron_metro.config.legal import nearest_divisors, nearest_multiples, require
+from megatron_metro.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_metro.config.spans import span_lengths
+
+VOCAB_CHUNK = 128  # columns of the fixed grid on which the sampler sums probabilities
+
+
+def derive_decoder_length(config: RunConfig) -> int:
+    """Tokens the decoder writes: METRO restores the whole text, T5 writes the noise spans."""
+    if config.objective.objective == "metro":
+        return config.data.encoder_seq_length
+    objective = config.objective
+    lengths = span_lengths(config.data.encoder_seq_length, objective.mask_prob, objective.mean_noise_span_length)
+    return lengths.decoder_length
+
+
+def check_widths(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Widths, heads and vocabulary divide as they must."""
+    heads, tp = model.num_attention_heads, parallel.tensor_model_parallel_size
+    require(
+        model.kv_channels is not None or model.hidden_size % heads == 0,
+        f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads {heads}; give "
+        f"{nearest_divisors(model.hidden_size, heads)} heads, or --kv-channels",
+    )
+    require(
+        heads % tp == 0,
+        f"--num-attention-heads {heads} is not a multiple of --tensor-model-parallel-size {tp}; give "
+        f"{nearest_multiples(heads, tp)} heads, or size {nearest_divisors(heads, tp)}",
+    )
+    require(
+        model.ffn_hidden_size % tp == 0,
+        f"--ffn-hidden-size {model.ffn_hidden_size} is not a multiple of --tensor-model-parallel-size {tp}; give "
+        f"{nearest_multiples(model.ffn_hidden_size, tp)}",
+    )
+    divisor = model.make_vocab_size_divisible_by
+    require(
+        divisor % VOCAB_CHUNK == 0,
+        f"--make-vocab-size-divisible-by {divisor} is not a multiple of {VOCAB_CHUNK}, the sampler's chunk; give "
+        f"{nearest_multiples(divisor, VOCAB_CHUNK)}",
+    )
+
+
+def check_architecture(model: ModelConfig) -> None:
+    """Parts of the model do not contradict each other."""
+    buckets, distance = model.relative_attention_num_buckets, model.relative_attention_max_distance
+    if model.relative_attention != "none":
+        require(
+            buckets % 4 == 0,
+            f"--relative-attention-num-buckets {buckets} is not a multiple of 4; give {nearest_multiples(buckets, 4)}",
+        )
+        # half of the buckets (a quarter, where signs are told apart) count exact distances; the rest are logarithmic
+        exact = buckets // 2 if model.relative_attention_decoder else buckets // 4
+        require(
+            distance > exact + 1,
+            f"--relative-attention-max-distance {distance} leaves no logarithmic buckets among "
+            f"--relative-attention-num-buckets {buckets}; give at least {exact + 2}",
+        )
+    require(
+        not model.relative_attention_decoder or model.relative_attention != "none",
+        "--relative-attention-decoder contradicts --relative-attention none; give --relative-attention per_stack",
+    )
+    require(
+        not (model.scale_lm_output and model.untie_embeddings_and_output_weights),
+        "--scale-lm-output belongs to a tied head, found --untie-embeddings-and-output-weights; drop one of them",
+    )
+    shares_all = model.has_generator and model.generator_embedding_sharing == "token_pos_norm"
+    require(
+        not shares_all or (model.position_embedding_type != "none" and model.norm_placement == "post"),
+        "--generator-embedding-sharing token_pos_norm needs learned positions and an embedding norm, found "
+        f"--position-embedding-type {model.position_embedding_type} and --norm-placement {model.norm_placement}; "
+        "give --generator-embedding-sharing token",
+    )
+
+
+def check_lengths(config: RunConfig) -> None:
+    """Sequences fit the objective, the positions and the tensor-parallel ranks; decoder_seq_length is resolved."""
+    data, model, parallel = config.data, config.model, config.parallel
+    encoder, decoder, derived = data.encoder_seq_length, data.decoder_seq_length, derive_decoder_length(config)
+    assert decoder is not None
+    require(
+        decoder == derived,
+        f"--decoder-seq-length {decoder} does not follow from --encoder-seq-length {encoder} under --objective "
+        f"{config.objective.objective}; give {derived} or leave it out",
+    )
+    tp = parallel.tensor_model_parallel_size
+    require(
+        not parallel.sequence_parallel or tp > 1,
+        "--sequence-parallel needs --tensor-model-parallel-size above 1, found 1; drop it or give a size of 2",
+    )
+    limit = model.max_position_embeddings
+    for flag, length in (("--encoder-seq-length", encoder), ("--decoder-seq-length", decoder)):
+        require(
+            model.position_embedding_type == "none" or length <= limit,
+            f"{flag} {length} is longer than --max-position-embeddings {limit}; give {flag} {limit} at most, or "
+            f"--max-position-embeddings {length}",
+        )
+        require(
+            not parallel.sequence_parallel or length % tp == 0,
+            f"{flag} {length} is not a multiple of --tensor-model-parallel-size {tp} under --sequence-parallel; give "
+            f"a length of {nearest_multiples(length, tp)}, a size of {nearest_divisors(length, tp)}, or "
+            "--no-sequence-parallel",
+        )
+
+
+def check_objective(config: RunConfig) -> None:
+    """The objective has what it trains and the sentinels it writes."""
+    objective, model, extra_ids = config.objective, config.model, config.tokenizer.vocab_extra_ids
+    require(
+        model.vocab_size is None or model.vocab_size > extra_ids,
+        f"--vocab-size {model.vocab_size} counts the sentinels too and must exceed --vocab-extra-ids {extra_ids}; give "
+        "pieces + sentinels",
+    )
+    shown = objective.mask_token_prob + objective.mask_random_prob
+    require(
+        shown <= 1 + 1e-9,
+        f"--mask-token-prob {objective.mask_token_prob} + --mask-random-prob {objective.mask_random_prob} is "
+        f"{shown:g}; give shares that sum to 1 at most (the rest keeps its token)",
+    )
+    require(
+        objective.mlm_loss_weight + objective.rtd_loss_weight + objective.lm_loss_weight > 0,
+        "--mlm-loss-weight, --rtd-loss-weight and --lm-loss-weight are all 0; give one a positive weight",
+    )
+    require(
+        not objective.weighted_lm_loss or model.has_rtd_head,
+        "--weighted-lm-loss needs a replaced-token-detection head, found --rtd-head "
+        f"{model.rtd_head} and --generator-num-layers {model.generator_num_layers}; drop it or give both",
+    )
+    if objective.objective == "metro":
+        return
+    require(
+        not model.has_generator,
+        f"--objective t5-span has no generator, found --generator-num-layers {model.generator_num_layers}; give 0",
+    )
+    require(objective.lm_loss_weight > 0, "--lm-loss-weight 0 leaves --objective t5-span nothing to train; give 1.0")
+    require(
+        config.data.block_mode == "full",
+        f"--objective t5-span corrupts full blocks, found --block-mode {config.data.block_mode}; give full",
+    )
+    lengths = span_lengths(config.data.encoder_seq_length, objective.mask_prob, objective.mean_noise_span_length)
+    needed = lengths.num_spans + 1  # sentinel 0 starts the decoder
+    require(
+        extra_ids >= needed,
+        f"--vocab-extra-ids {extra_ids} are too few for {lengths.num_spans} spans; give at least {needed}",
+    )

@@ -1,0 +1,91 @@
+"""Named runs: functions, each changing a few fields of another (reference facts, sections 1.1 and 5)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from megatron_metro.config.schema import RunConfig
+
+
+def metro_base() -> RunConfig:
+    """METRO base: 12+12 layers, 32k vocabulary, 125,000 steps. The recipe ran in FP16; add --bf16 on a GPU."""
+    run = RunConfig()  # the schema's defaults are METRO base's architecture and optimizer
+    return replace(
+        run,
+        model=replace(run.model, vocab_size=33_280),
+        training=replace(run.training, micro_batch_size=16, global_batch_size=2048, train_iters=125_000),
+    )
+
+
+def metro_tiny() -> RunConfig:
+    """A METRO that trains in seconds on a CPU, for first tries and tests; the vocabulary is the tokenizer's."""
+    run = metro_base()
+    return replace(
+        run,
+        model=replace(
+            run.model,
+            encoder_num_layers=2,
+            decoder_num_layers=2,
+            generator_num_layers=2,
+            hidden_size=64,
+            ffn_hidden_size=256,
+            num_attention_heads=4,
+            vocab_size=None,
+        ),
+        data=replace(run.data, encoder_seq_length=128),
+        tokenizer=replace(run.tokenizer, vocab_extra_ids=128),
+        optimizer=replace(run.optimizer, lr=1e-3, lr_warmup_iters=20),
+        training=replace(run.training, micro_batch_size=4, global_batch_size=16, train_iters=1000, eval_interval=100),
+    )
+
+
+def metro_base_plus_plus() -> RunConfig:
+    """METRO base++: 64k vocabulary, positions and embedding norm shared too, 2,000,000 steps, BF16, clip 2."""
+    run = metro_base()
+    return replace(
+        run,
+        model=replace(run.model, vocab_size=64_512, generator_embedding_sharing="token_pos_norm"),
+        optimizer=replace(run.optimizer, lr=2e-4, clip_grad=2.0, bf16=True),
+        training=replace(run.training, train_iters=2_000_000),
+    )
+
+
+def metro_large_plus_plus() -> RunConfig:
+    """METRO large++: 24+24 layers of width 1024, generator 6, finer relative bias, token matrix shared only."""
+    run = metro_base_plus_plus()
+    return replace(
+        run,
+        model=replace(
+            run.model,
+            encoder_num_layers=24,
+            decoder_num_layers=24,
+            generator_num_layers=6,
+            hidden_size=1024,
+            ffn_hidden_size=4096,
+            num_attention_heads=16,
+            relative_attention_num_buckets=128,
+            relative_attention_max_distance=256,
+            generator_embedding_sharing="token",
+        ),
+        optimizer=replace(run.optimizer, lr=1e-4),
+        training=replace(run.training, micro_batch_size=4),
+    )
+
+
+def metro_xl() -> RunConfig:
+    """METRO XL: large++ at width 2048 with 32 heads and a generator of 8 layers, about 3 billion parameters."""
+    run = metro_large_plus_plus()
+    return replace(
+        run,
+        model=replace(
+            run.model, generator_num_layers=8, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "metro-tiny": metro_tiny,
+    "metro-base": metro_base,
+    "metro-base++": metro_base_plus_plus,
+    "metro-large++": metro_large_plus_plus,
+    "metro-xl": metro_xl,
+}

@@ -1,0 +1,282 @@
+"""The sections of a run's configuration: frozen dataclasses, one per concern.
+
+Every field is one command-line flag: `hidden_size` is `--hidden-size`. Names and meanings are Megatron's wherever
+Megatron has the flag. Checks across fields live in `validation.py`, defaults of named runs in `presets.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    `metadata` may hold `alias` (another spelling of the flag), `nargs`, `negative` (a spelling that switches a boolean
+    off, beside the generated `--no-x`) and the bounds of a number: `minimum` and `maximum` belong to the legal values,
+    `above` and `below` do not. None is always legal where the type allows it.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Architecture of the generator and the main model (METRO: reference implementation; T5: v1.0 and v1.1)."""
+
+    encoder_num_layers: int = option(12, "encoder depth; --num-layers sets both depths", minimum=1, maximum=10_000)
+    decoder_num_layers: int = option(12, "decoder depth", minimum=1, maximum=10_000)
+    generator_num_layers: int = option(
+        4, "depth of the auxiliary generator; 0 builds the main model alone", minimum=0, maximum=10_000
+    )
+    hidden_size: int = option(768, "width of encoder, decoder and generator", minimum=1, maximum=1_048_576)
+    ffn_hidden_size: int = option(3072, "width of the feed-forward layers", minimum=1, maximum=1_048_576)
+    num_attention_heads: int = option(12, "attention heads", minimum=1, maximum=65_536)
+    kv_channels: int | None = option(
+        None, "width of one head; hidden-size / num-attention-heads when not given", minimum=1
+    )
+    max_position_embeddings: int = option(1024, "longest sequence the learned positions can address", minimum=1)
+    position_embedding_type: Literal["learned_absolute", "none"] = option(
+        "learned_absolute", "absolute positions (METRO) or none (T5 has only the relative bias)"
+    )
+    relative_attention: Literal["per_layer", "per_stack", "none"] = option(
+        "per_layer", "relative bias tables: one per layer (METRO), one per stack (T5) or none"
+    )
+    relative_attention_decoder: bool = option(False, "give the decoder's self-attention a relative bias too (T5)")
+    relative_attention_bucket: Literal["metro", "t5"] = option("metro", "bucket function of the relative bias")
+    relative_attention_num_buckets: int = option(32, "buckets of a relative bias table", minimum=4)
+    relative_attention_max_distance: int = option(
+        128, "distance from which all positions share the last bucket", minimum=3
+    )
+    norm_placement: Literal["post", "pre"] = option(
+        "post",
+        "post: after each residual sum, a norm on the embeddings, none at the end (METRO); "
+        "pre: before each sublayer, none on the embeddings, one at the end of each stack (T5)",
+    )
+    normalization: Literal["LayerNorm", "RMSNorm"] = option("LayerNorm", "kind of norm")
+    norm_epsilon: float = option(1e-5, "epsilon of the norms", above=0.0)
+    activation: Literal["relu", "gelu", "gated-gelu"] = option("relu", "activation of the feed-forward layers")
+    add_bias_linear: bool = option(True, "biases in the linear layers", negative="--disable-bias-linear")
+    softmax_scale: float | None = option(
+        None, "scale of the attention scores; kv-channels^-0.5 when not given, 1.0 in T5", above=0.0
+    )
+    untie_embeddings_and_output_weights: bool = option(False, "give the LM head its own matrix")
+    scale_lm_output: bool = option(False, "multiply the decoder output by hidden-size^-0.5 before the head (T5, tied)")
+    generator_embedding_sharing: Literal["token", "token_pos_norm"] = option(
+        "token", "what generator and main model share: token matrix, or positions and embedding norm too (base++)"
+    )
+    mlm_head: Literal["roberta", "linear"] = option("roberta", "generator head: dense-ReLU-norm-tied, or tied alone")
+    rtd_head: Literal["simple", "roberta", "none"] = option("roberta", "replaced-token-detection head of the encoder")
+    hidden_dropout: float = option(
+        0.1, "dropout after embeddings and sublayers of the main model", minimum=0.0, below=1.0
+    )
+    attention_dropout: float = option(
+        0.1, "dropout on attention probabilities of the main model", minimum=0.0, below=1.0
+    )
+    generator_dropout: float = option(
+        0.0, "both dropouts inside the generator (0 in every METRO recipe)", minimum=0.0, below=1.0
+    )
+    init_method: Literal["metro", "normal"] = option(
+        "metro", "metro: the reference's initialisation; normal: N(0, init-method-std) for every matrix"
+    )
+    init_method_std: float = option(
+        0.02, "standard deviation of `--init-method normal` and of METRO's generator", above=0.0
+    )
+    vocab_size: int | None = option(
+        None, "rows of the token matrix, sentinels included; the tokenizer's when not given", minimum=1
+    )
+    make_vocab_size_divisible_by: int = option(
+        128, "pad the token matrix so that each rank holds a multiple of this", minimum=128
+    )
+
+    @property
+    def has_generator(self) -> bool:
+        return self.generator_num_layers > 0
+
+    @property
+    def has_rtd_head(self) -> bool:
+        """Replaced tokens exist only where a generator fills them in."""
+        return self.has_generator and self.rtd_head != "none"
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What the model is trained to do, and how the terms of its loss are weighed."""
+
+    objective: Literal["metro", "t5-span"] = option("metro", "pretraining objective")
+    mask_prob: float = option(0.15, "share of tokens masked (METRO) or corrupted (T5)", above=0.0, below=1.0)
+    mask_token_prob: float = option(
+        0.8, "share of masked positions shown to the generator as the mask token", minimum=0.0, maximum=1.0
+    )
+    mask_random_prob: float = option(
+        0.1, "share of masked positions shown to the generator as a random token", minimum=0.0, maximum=1.0
+    )
+    mask_special_tokens: bool = option(True, "let <s> and </s> be masked as the reference does")
+    probabilistic_rounding: bool = option(
+        True, "round the number of masked tokens at random so that its mean is exact; down when off"
+    )
+    mean_noise_span_length: float = option(3.0, "mean length of a corrupted span (t5-span)", minimum=1.0)
+    mlm_loss_weight: float = option(1.0, "weight of the generator's masked-LM loss", minimum=0.0)
+    rtd_loss_weight: float = option(50.0, "weight of the replaced-token-detection loss", minimum=0.0)
+    lm_loss_weight: float = option(1.0, "weight of the decoder's corrective LM loss", minimum=0.0)
+    weighted_lm_loss: bool = option(False, "multiply each token's LM loss by the predicted replaced-probability")
+    eval_all_positions: bool = option(False, "unreplaced accuracy over all positions in validation, as the reference")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the tokens come from and how they become blocks."""
+
+    data_path: tuple[str, ...] = option(
+        (), "prefixes of .bin/.idx files, or: weight prefix weight prefix ...", nargs="+"
+    )
+    train_data_path: tuple[str, ...] = option((), "as --data-path, for training only", nargs="+")
+    valid_data_path: tuple[str, ...] = option((), "as --data-path, for validation only", nargs="+")
+    split: str = option("969,30,1", "proportions of training, validation and test documents")
+    data_cache_path: str | None = option(None, "folder of the sample indices; <save>/cache when not given")
+    encoder_seq_length: int = option(512, "tokens the encoder reads", alias="--seq-length", minimum=3)
+    decoder_seq_length: int | None = option(None, "tokens the decoder writes; follows from the objective", minimum=3)
+    block_mode: Literal["full", "complete_doc"] = option(
+        "full", "full: every block holds seq-length tokens; complete_doc: whole lines of one document, padded"
+    )
+    num_workers: int = option(
+        2, "worker processes that prepare batches; 0 prepares them in the training process", minimum=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    """Text to ids."""
+
+    tokenizer_type: Literal["SentencePieceTokenizer", "NullTokenizer"] | None = option(
+        None, "kind of tokenizer; SentencePieceTokenizer when --tokenizer-model ends in .model"
+    )
+    tokenizer_model: str | None = option(None, "SentencePiece model file")
+    vocab_extra_ids: int = option(512, "sentinels appended to the vocabulary", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model and the batch are spread over processes."""
+
+    tensor_model_parallel_size: int = option(
+        1, "processes that share each layer", alias="--model-parallel-size", minimum=1
+    )
+    pipeline_model_parallel_size: int = option(1, "stages the chain of layers is cut into", minimum=1)
+    num_virtual_stages_per_pipeline_rank: int = option(
+        1, "pieces of the chain per stage (interleaved schedule)", minimum=1
+    )
+    pipeline_model_parallel_layout: str | None = option(
+        None, "pieces by hand, letters per unit and | between pieces; balanced by cost when not given"
+    )
+    sequence_parallel: bool = option(False, "shard activations between tensor-parallel regions along the sequence")
+    use_distributed_optimizer: bool = option(False, "shard optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass runs")
+    overlap_param_gather: bool = option(False, "gather updated parameters while the forward pass runs")
+    overlap_p2p_communication: bool = option(True, "overlap pipeline messages with computation (interleaved schedule)")
+    deallocate_pipeline_outputs: bool = option(True, "free a stage's output once sent")
+    recompute_granularity: Literal["selective", "full"] | None = option(
+        None, "selective: recompute attention scores in backward; full: recompute whole layers"
+    )
+    check_weight_sharing_interval: int = option(
+        0, "steps between checks that shared weights are bit-equal; 0 is never", minimum=0
+    )
+    distributed_backend: Literal["nccl", "gloo"] | None = option(None, "nccl on CUDA and gloo on CPU when not given")
+    distributed_timeout_minutes: float = option(10.0, "minutes after which a silent peer ends the job", above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW, its learning rate schedule and numeric precision. Weight decay is applied to all parameters."""
+
+    lr: float = option(4e-4, "peak learning rate", above=0.0)
+    min_lr: float = option(0.0, "lowest learning rate of the decay", minimum=0.0)
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = option(
+        "linear", "shape of the decay"
+    )
+    lr_decay_iters: int | None = option(None, "steps of the decay; train-iters when not given", minimum=1)
+    lr_warmup_iters: int = option(10_000, "steps of the warm-up", minimum=0)
+    lr_warmup_style: Literal["linear", "constant"] = option("linear", "rise from 0, or hold the value at its end")
+    weight_decay: float = option(0.01, "decoupled weight decay", minimum=0.0)
+    adam_beta1: float = option(0.9, "decay of the first moment", minimum=0.0, below=1.0)
+    adam_beta2: float = option(0.98, "decay of the second moment", minimum=0.0, below=1.0)
+    adam_eps: float = option(1e-6, "epsilon of Adam", above=0.0)
+    clip_grad: float = option(
+        0.0, "largest global gradient norm; 0 switches clipping off (the norm is still reported)", minimum=0.0
+    )
+    bf16: bool = option(False, "BF16 weights and activations with FP32 main weights")
+    fp16: bool = option(False, "FP16 weights and activations with FP32 main weights and loss scaling")
+    loss_scale: float | None = option(None, "constant FP16 loss scale; dynamic when not given", above=0.0)
+    initial_loss_scale: float = option(2.0**16, "first value of the dynamic FP16 loss scale", above=0.0)
+    min_loss_scale: float = option(1.0, "lowest value of the dynamic FP16 loss scale", above=0.0)
+    loss_scale_window: int = option(1000, "clean steps after which the dynamic FP16 loss scale doubles", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """Length of the run and size of its batches."""
+
+    micro_batch_size: int = option(
+        8, "sequences per forward pass and data-parallel rank", alias="--batch-size", minimum=1
+    )
+    global_batch_size: int | None = option(
+        None, "sequences per step; micro-batch-size x data-parallel size by default", minimum=1, maximum=1_048_576
+    )
+    rampup_batch_size: tuple[int, ...] = option(
+        (), "start size, increment and samples over which the global batch grows to its full size", nargs=3, minimum=1
+    )
+    train_iters: int | None = option(None, "optimizer steps of the run", minimum=1)
+    train_samples: int | None = option(None, "length of the run in sequences, instead of --train-iters", minimum=1)
+    eval_interval: int = option(1000, "steps between validations; 0 validates only at the end", minimum=0)
+    eval_iters: int = option(10, "global batches per validation; 0 never validates", minimum=0)
+    exit_interval: int | None = option(None, "stop (and save) after a step divisible by this", minimum=1)
+    seed: int = option(1234, "seed of weights, masks, order and sampling", minimum=0)
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "cuda with NCCL or cpu with gloo; cuda where there is one")
+    deterministic_mode: bool = option(False, "refuse kernels whose result depends on timing")
+    cpu_matmul_precision: Literal["highest", "high", "medium"] = option(
+        "highest", "torch.set_float32_matmul_precision of the run"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Where a run is saved and what it starts from."""
+
+    save: str | None = option(None, "folder of checkpoints, metrics and logs")
+    load: str | None = option(None, "folder to resume from")
+    save_interval: int | None = option(None, "steps between checkpoints; only at the end when not given", minimum=1)
+    ckpt_step: int | None = option(None, "step to load instead of the newest", minimum=0)
+    finetune: bool = option(False, "load weights only and start at step 0")
+    no_save_optim: bool = option(False, "leave the optimizer state out of checkpoints")
+    no_load_optim: bool = option(False, "do not load the optimizer state")
+    exit_on_missing_checkpoint: bool = option(False, "stop when --load holds no checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """What a run tells while it runs."""
+
+    log_interval: int = option(10, "steps between log lines", minimum=1)
+    tensorboard_dir: str | None = option(None, "folder of TensorBoard events")
+    log_throughput: bool = option(True, "TFLOP/s, MFU and time left in the log line")
+    log_params_norm: bool = option(False, "global norm of the parameters in the log line")
+    peak_tflops: float | None = option(None, "peak of one device for MFU; known for A100, H100 and H200", above=0.0)
+    progress_bar: bool = option(True, "a progress bar when standard error is a terminal")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run: one value per concern."""
+
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()

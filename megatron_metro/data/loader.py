@@ -1,0 +1,163 @@
+"""The microbatches of one data-parallel rank, step after step; the whole state is the number of consumed samples.
+
+Global sample i of a run is the same block whatever the layout: microbatch j of rank r takes samples
+consumed + (j x dp_size + r) x micro_batch_size onwards.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_metro.batch import Microbatch
+from megatron_metro.config.schema import RunConfig
+from megatron_metro.data.mixture import Mixture, Part, TextFacts, build_mixture
+from megatron_metro.data.objectives import Objective, build_objective
+from megatron_metro.data.workers import WorkerPool
+from megatron_metro.tokenizer import Tokenizer
+
+StepRequest = tuple[int, int]  # consumed samples, number of microbatches
+StepArrays = dict[str, NDArray]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReader:
+    """Reads any step of one rank: a pure function of the request."""
+
+    mixture: Mixture
+    objective: Objective
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+
+    def read(self, request: StepRequest) -> StepArrays:
+        """The fields of all microbatches of a step, one after the other along the first dimension."""
+        consumed, num_microbatches = request
+        first = consumed + (np.arange(num_microbatches) * self.dp_size + self.dp_rank) * self.micro_batch_size
+        samples = (first[:, None] + np.arange(self.micro_batch_size)).ravel()
+        batch = self.objective.make_batch(self.mixture.read(samples))
+        values = ((field.name, getattr(batch, field.name)) for field in fields(Microbatch))
+        return {name: value.numpy() for name, value in values if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderSpec:
+    """All a process needs to read the steps of one rank; small enough to send to a worker."""
+
+    config: RunConfig
+    facts: TextFacts
+    part: Part
+    dp_rank: int
+    dp_size: int
+
+    def open(self) -> StepReader | None:
+        """Open the files; None when the part has no documents."""
+        objective = build_objective(self.config.objective, self.config.data, self.facts.vocabulary)
+        mixture = build_mixture(self.config, self.facts, objective, self.part)
+        if mixture is None:
+            return None
+        return StepReader(
+            mixture=mixture,
+            objective=objective,
+            micro_batch_size=self.config.training.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenReader:
+    """What a worker calls to start: opens the files of a specification."""
+
+    spec: LoaderSpec
+
+    def __call__(self) -> Callable[[StepRequest], StepArrays]:
+        torch.set_num_threads(1)
+        reader = self.spec.open()
+        assert reader is not None, "the parent opened the same files"
+        return reader.read
+
+
+class StepLoader:
+    """Hands out the microbatches of each step; with workers, the following steps are prepared meanwhile."""
+
+    def __init__(self, reader: StepReader, spec: LoaderSpec, num_workers: int) -> None:
+        self.consumed_samples = 0
+        self.mixture = reader.mixture
+        self.objective = reader.objective
+        self._reader = reader
+        self._pending: deque[tuple[StepRequest, int]] = deque()  # request and the worker that has it
+        self._pool: WorkerPool[StepRequest, StepArrays] | None = None
+        if num_workers:
+            self._pool = WorkerPool(OpenReader(spec=spec), num_workers, "data", "spawn")
+
+    def next_step(self, num_microbatches: int) -> list[Microbatch]:
+        """The microbatches of the next step; samples of all data-parallel ranks count as consumed."""
+        request = (self.consumed_samples, num_microbatches)
+        arrays = self._reader.read(request) if self._pool is None else self._fetch(self._pool, request)
+        self.consumed_samples += self._count_samples(num_microbatches)
+        return _split(arrays, num_microbatches)
+
+    def rewind(self, consumed_samples: int) -> None:
+        """Continue after so many consumed samples, as a resumed run and every validation do."""
+        self.consumed_samples = consumed_samples
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _fetch(self, pool: WorkerPool[StepRequest, StepArrays], request: StepRequest) -> StepArrays:
+        # Steps are prepared in the belief that their number of microbatches stays. After a rewind or a ramp-up of the
+        # batch the belief was wrong: what was prepared is thrown away, never used.
+        if not self._pending or self._pending[0][0] != request:
+            for _, worker in self._pending:
+                pool.result(worker)
+            self._pending.clear()
+            consumed, num_microbatches = request
+            for worker in range(len(pool)):
+                self._submit(
+                    pool, worker, (consumed + worker * self._count_samples(num_microbatches), num_microbatches)
+                )
+        _, worker = self._pending.popleft()
+        arrays = pool.result(worker)
+        (last, num_microbatches), _ = self._pending[-1] if self._pending else (request, worker)
+        self._submit(pool, worker, (last + self._count_samples(num_microbatches), num_microbatches))
+        return arrays
+
+    def _submit(self, pool: WorkerPool[StepRequest, StepArrays], worker: int, request: StepRequest) -> None:
+        pool.submit(worker, request)
+        self._pending.append((request, worker))
+
+    def _count_samples(self, num_microbatches: int) -> int:
+        return num_microbatches * self._reader.micro_batch_size * self._reader.dp_size
+
+
+def build_loaders(
+    config: RunConfig, tokenizer: Tokenizer, dp_rank: int, dp_size: int
+) -> tuple[StepLoader, StepLoader | None]:
+    """(training, validation) loaders; validation is None when --eval-iters is 0 or its share of --split is.
+
+    Opens and checks all files, so call it before process groups start; the loaders may be used in any process.
+    """
+    train = _build_loader(config, tokenizer, "train", dp_rank, dp_size)
+    assert train is not None
+    valid = _build_loader(config, tokenizer, "valid", dp_rank, dp_size) if config.training.eval_iters else None
+    return train, valid
+
+
+def _build_loader(config: RunConfig, tokenizer: Tokenizer, part: Part, dp_rank: int, dp_size: int) -> StepLoader | None:
+    facts = TextFacts(vocabulary=tokenizer.vocabulary, tokenizer_sha256=tokenizer.sha256)
+    spec = LoaderSpec(config=config, facts=facts, part=part, dp_rank=dp_rank, dp_size=dp_size)
+    reader = spec.open()
+    # Validation is rare and short: its batches are made on the spot.
+    return None if reader is None else StepLoader(reader, spec, config.data.num_workers if part == "train" else 0)
+
+
+def _split(arrays: StepArrays, num_microbatches: int) -> list[Microbatch]:
+    tensors = {name: torch.from_numpy(array).chunk(num_microbatches) for name, array in arrays.items()}
+    return [Microbatch(**{name: parts[i] for name, parts in tensors.items()}) for i in range(num_microbatches)]

@@ -1,0 +1,123 @@
+"""Training a SentencePiece vocabulary as METRO's: unigram, reserved ids 0 to 4, text normalised by NFKC."""
+
+import io
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_metro.config.errors import ConfigError, DataError
+from megatron_metro.config.files import write_atomically
+from megatron_metro.data.corpus import BadLine, find_inputs, parse_chunk, read_chunks
+from megatron_metro.tokenizer import MASK_PIECE
+
+MAX_SENTENCE_BYTES = 4000  # SentencePiece would leave out longer ones without a word
+MAX_PIECE_LENGTH = 32
+# The result depends on the number of threads (it fixes the order of sums), so that is a constant.
+NUM_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VocabularyOptions:
+    """What to learn a vocabulary from, and how large; sentinels are appended later and not counted."""
+
+    inputs: tuple[str, ...]
+    json_key: str = "text"
+    vocab_size: int = 32768
+    is_cased: bool = True  # False folds case, as METRO's 32k vocabulary
+    character_coverage: float = 0.999995
+    max_sentences: int = 2_000_000  # a fixed random sample of so many lines is used
+    allow_smaller_vocab: bool = False  # take what a small text gives
+
+
+def train_vocabulary(options: VocabularyOptions) -> bytes:
+    """The bytes of a SentencePiece model; the same inputs give the same bytes."""
+    sentences = _sample(_read_sentences(options), options.max_sentences)
+    if not sentences:
+        raise DataError(f"--input {' '.join(options.inputs)} holds no text")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=options.vocab_size,
+            hard_vocab_limit=not options.allow_smaller_vocab,
+            character_coverage=options.character_coverage,
+            normalization_rule_name="nmt_nfkc" if options.is_cased else "nmt_nfkc_cf",
+            max_sentencepiece_length=MAX_PIECE_LENGTH,
+            max_sentence_length=2 * MAX_SENTENCE_BYTES,
+            num_threads=NUM_THREADS,
+            minloglevel=2,
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
+            bos_piece="<s>",
+            pad_piece="<pad>",
+            eos_piece="</s>",
+            unk_piece="<unk>",
+            # A control symbol has an id and is never found in text.
+            control_symbols=[MASK_PIECE],
+        )
+    except RuntimeError as error:
+        raise _explain(error, options.vocab_size) from error
+    return model.getvalue()
+
+
+def write_vocabulary(model: bytes, output_prefix: str) -> tuple[Path, int]:
+    """Write `<prefix>.model`, and `<prefix>.vocab` for readers; returns the path of the model and its pieces."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    rows = (f"{processor.id_to_piece(i)}\t{processor.get_score(i):.6g}\n" for i in range(len(processor)))
+    write_atomically(Path(f"{output_prefix}.vocab"), "".join(rows).encode())
+    path = Path(f"{output_prefix}.model")
+    write_atomically(path, model)
+    return path, len(processor)
+
+
+def _read_sentences(options: VocabularyOptions) -> Iterator[str]:
+    for chunk in read_chunks(find_inputs(options.inputs)):
+        for found in parse_chunk(chunk, (options.json_key,)):
+            if isinstance(found, BadLine):
+                raise DataError(f"{found.place} {found.cause}")
+            for line in found.texts[0].splitlines():
+                yield from _cut_sentence(line.strip())
+
+
+def _cut_sentence(line: str) -> Iterator[str]:
+    """A line in pieces that SentencePiece accepts, cut at blanks where there are any."""
+    while len(line.encode()) > MAX_SENTENCE_BYTES:
+        # A character has at most four bytes.
+        cut = line.rfind(" ", 1, MAX_SENTENCE_BYTES // 4)
+        cut = MAX_SENTENCE_BYTES // 4 if cut < 0 else cut
+        yield line[:cut]
+        line = line[cut:].lstrip()
+    if line:
+        yield line
+
+
+def _sample(sentences: Iterable[str], size: int) -> list[str]:
+    """At most `size` of the sentences, each equally likely (reservoir sampling with a fixed seed)."""
+    generator = random.Random(0)
+    sample: list[str] = []
+    for count, sentence in enumerate(sentences):
+        if count < size:
+            sample.append(sentence)
+        elif (place := int(generator.random() * (count + 1))) < size:
+            sample[place] = sentence
+    return sample
+
+
+def _explain(error: RuntimeError, vocab_size: int) -> ConfigError:
+    message = str(error)
+    if largest := re.search(r"value <= (\d+)", message):
+        return ConfigError(
+            f"--vocab-size {vocab_size} is too large for this text; the largest possible is {largest[1]}: give that, "
+            "more text, or --allow-smaller-vocab"
+        )
+    if smallest := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return ConfigError(f"--vocab-size {vocab_size} is too small; the characters of this text need {smallest[1]}")
+    return ConfigError(f"SentencePiece cannot train --vocab-size {vocab_size}: {message.splitlines()[0]}")

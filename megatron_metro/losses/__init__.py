@@ -1,0 +1,1 @@
+"""Loss terms: tensors in, sums and counts out."""

@@ -1,0 +1,159 @@
+"""The loss terms of one step: sums where a head computes them, one division by global counts, and what the log shows.
+
+Objective = sum over terms of weight x S_term / C_term, with S summed and C counted over the GLOBAL batch (design
+section 4). The counts are known before the first forward pass. Every term is multiplied by T / C_term, T the number of
+target tokens, so that the gradients, which all stages accumulate as sums, are divided once, by T, at the end of the
+step. For METRO the targets are the masked tokens: T = M.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_metro.batch import Microbatch
+from megatron_metro.config.schema import ObjectiveConfig
+from megatron_metro.losses.injection import inject_loss
+from megatron_metro.losses.rtd import count_rtd_hits, sum_rtd_loss
+
+COUNT_NAMES = ("masked", "real", "targets", "sequences")
+SUM_NAMES = (
+    "mlm_loss",
+    "mlm_right",
+    "rtd_loss",
+    "rtd_replaced",
+    "lm_loss",
+    "lm_replaced",
+    "lm_replaced_right",
+    "lm_unreplaced_right",
+    "lm_unreplaced",
+    "rtd_replaced_right",
+    "rtd_unreplaced_right",
+)
+
+
+def count_tokens(microbatches: Sequence[Microbatch]) -> Tensor:
+    """Local counts of a step in the order of COUNT_NAMES, float64 [4]; the caller sums over data-parallel ranks."""
+    device = microbatches[0].encoder_tokens.device
+    total = torch.zeros(len(COUNT_NAMES), dtype=torch.float64, device=device)
+    for batch in microbatches:
+        size = torch.tensor(batch.encoder_tokens.numel(), device=device)
+        total += torch.stack(
+            [
+                torch.zeros_like(size) if batch.masked_valid is None else batch.masked_valid.sum(),
+                size if batch.encoder_padding is None else (~batch.encoder_padding).sum(),
+                batch.target_valid.sum(),
+                torch.tensor(batch.encoder_tokens.shape[0], device=device),
+            ]
+        )
+    return total
+
+
+class StepLosses:
+    """Collects the terms of one step on one rank; heads add to it, wherever they are."""
+
+    def __init__(self, objective: ObjectiveConfig, counts: Tensor, loss_scale: Tensor) -> None:
+        """`counts` are the global ones of `count_tokens`; `loss_scale` is FP16's, which injected losses need too."""
+        self._objective, self._loss_scale = objective, loss_scale
+        self._counts = dict(zip(COUNT_NAMES, counts.tolist(), strict=True))
+        self.sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=counts.device)
+
+    @property
+    def divisor(self) -> float:
+        """What the accumulated gradients are divided by at the end of the step; never 0."""
+        return max(self._counts["targets"], 1.0)
+
+    def add_mlm(self, nll_BG: Tensor, is_right_BG: Tensor, valid_BG: Tensor) -> Tensor:
+        """The generator's masked-LM term as a scalar to inject, from per-slot losses in nats."""
+        loss = (nll_BG * valid_BG).sum()
+        self._add(mlm_loss=loss, mlm_right=(is_right_BG & valid_BG).sum())
+        return loss * self._multiplier(self._objective.mlm_loss_weight, "masked")
+
+    def add_rtd(self, logits: Tensor, is_replaced: Tensor, is_real: Tensor) -> Tensor:
+        """The replaced-token-detection term of this rank's positions as a scalar to inject; all of one shape."""
+        loss = sum_rtd_loss(logits, is_replaced, is_real)
+        return loss * self._multiplier(self._objective.rtd_loss_weight, "real")
+
+    def record_rtd(self, logits: Tensor, is_replaced: Tensor, is_real: Tensor) -> None:
+        """What the log says of RTD, from the detached logits of ALL positions."""
+        hits = count_rtd_hits(logits, is_replaced, is_real)
+        self._add(
+            rtd_loss=sum_rtd_loss(logits, is_replaced, is_real),
+            rtd_replaced=hits.num_replaced,
+            rtd_replaced_right=hits.replaced_correct,
+            rtd_unreplaced_right=hits.unreplaced_correct,
+        )
+
+    def add_lm(self, nll_BM: Tensor, valid_BM: Tensor, replaced_prob_BM: Tensor | None) -> Tensor:
+        """The decoder's LM term as the scalar that ends the chain, from per-slot losses in nats.
+
+        With --weighted-lm-loss each token is weighed by its predicted replaced-probability (no gradient through it),
+        while the divisor stays the count (reference section 4).
+        """
+        weights = valid_BM.to(nll_BM.dtype)
+        if self._objective.weighted_lm_loss:
+            assert replaced_prob_BM is not None, "--weighted-lm-loss needs an RTD head"
+            weights = weights * replaced_prob_BM
+        loss = (nll_BM * weights).sum()
+        self._add(lm_loss=loss)
+        return loss * self._multiplier(self._objective.lm_loss_weight, "targets")
+
+    def record_lm(self, is_right: Tensor, is_replaced: Tensor, is_counted: Tensor) -> None:
+        """The decoder's hits at replaced and unreplaced positions, bool tensors of one shape."""
+        self._add(
+            lm_replaced=(is_replaced & is_counted).sum(),
+            lm_replaced_right=(is_right & is_replaced & is_counted).sum(),
+            lm_unreplaced_right=(is_right & ~is_replaced & is_counted).sum(),
+            lm_unreplaced=(~is_replaced & is_counted).sum(),
+        )
+
+    def inject(self, activation: Tensor, loss: Tensor) -> Tensor:
+        """`activation` unchanged; its backward pass also starts `loss`'s, as if the loss stood at the chain's end."""
+        return inject_loss(activation, loss, self._loss_scale)
+
+    @staticmethod
+    def merge(parts: Sequence["StepLosses"]) -> "StepLosses":
+        """The terms of several steps together: summed sums over summed counts."""
+        first = parts[0]
+        counts = torch.stack([torch.tensor(list(part._counts.values()), dtype=torch.float64) for part in parts])
+        merged = StepLosses(first._objective, counts.sum(0).to(first.sums.device), first._loss_scale)
+        merged.sums = torch.stack([part.sums for part in parts]).sum(0)
+        return merged
+
+    def summarise(self) -> dict[str, float]:
+        """The log's numbers from globally reduced sums; losses in nats, accuracies and ratios in percent.
+
+        Names of terms the objective does not have are left out; a ratio over nothing is 0.
+        """
+        sums, counts = dict(zip(SUM_NAMES, self.sums.tolist(), strict=True)), self._counts
+        metrics = {"lm loss": _ratio(sums["lm_loss"], counts["targets"])}
+        total = self._objective.lm_loss_weight * metrics["lm loss"]
+        if counts["masked"] == 0:
+            return {**metrics, "total loss": total}
+        metrics["mlm loss"] = _ratio(sums["mlm_loss"], counts["masked"])
+        metrics["rtd loss"] = _ratio(sums["rtd_loss"], counts["real"])
+        total += self._objective.mlm_loss_weight * metrics["mlm loss"]
+        total += self._objective.rtd_loss_weight * metrics["rtd loss"]
+        rtd_unreplaced = counts["real"] - sums["rtd_replaced"]
+        return {
+            **metrics,
+            "total loss": total,
+            "generator accuracy": 100 * _ratio(sums["mlm_right"], counts["masked"]),
+            "replaced accuracy": 100 * _ratio(sums["lm_replaced_right"], sums["lm_replaced"]),
+            "unreplaced accuracy": 100 * _ratio(sums["lm_unreplaced_right"], sums["lm_unreplaced"]),
+            "rtd replaced accuracy": 100 * _ratio(sums["rtd_replaced_right"], sums["rtd_replaced"]),
+            "rtd unreplaced accuracy": 100 * _ratio(sums["rtd_unreplaced_right"], rtd_unreplaced),
+            "replace ratio": 100 * _ratio(sums["lm_replaced"], counts["real"]),
+        }
+
+    def _multiplier(self, weight: float, count: str) -> float:
+        return weight * _ratio(self._counts["targets"], self._counts[count])
+
+    @torch.no_grad()
+    def _add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[SUM_NAMES.index(name)] += value.detach()
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else 0.0

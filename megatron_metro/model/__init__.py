@@ -1,0 +1,1 @@
+"""The chain of units: generator, encoder and decoder with their heads."""

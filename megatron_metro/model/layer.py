@@ -1,0 +1,122 @@
+"""One transformer layer, Post-LN (METRO) or Pre-LN (T5), around megatron-core's attention and MLP.
+
+Shape letters: s positions (the rank's shard under sequence parallelism), b sequences, h width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_metro.model.slots import shorten_to_slots
+from megatron_metro.model.specs import LayerSpec
+
+SublayerOutput = tuple[Tensor, Tensor | None]  # megatron-core returns a linear's output and its bias apart
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """What distinguishes one layer from another."""
+
+    number: int  # from 0 within its network
+    is_decoder: bool  # causal self-attention, and cross-attention after it
+    is_post_norm: bool
+    recompute: bool  # forget the layer's activations and compute them again in the backward pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionInputs:
+    """What a layer reads besides its hidden states."""
+
+    bias: Tensor | None = None  # [1, local heads, s, s] relative bias of the self-attention
+    mask: Tensor | None = None  # bool [b, 1, 1, s], True at keys the self-attention must ignore
+    context: Tensor | None = None  # [s, b, h] encoder output
+    context_mask: Tensor | None = None  # bool [b, 1, 1, s]
+    slots: Tensor | None = None  # int64 [b, m]: ask only for these positions (unused slots: one past the end)
+
+    def at_slots(self, slots_BM: Tensor, length: int, *, is_causal: bool) -> "AttentionInputs":
+        """The same inputs for queries at slots: their rows of the bias, and a mask of one row per slot."""
+        positions = slots_BM.clamp(max=length - 1)
+        bias, mask = self.bias, self.mask
+        if bias is not None:
+            bias = bias[0][:, positions].transpose(0, 1)
+        if is_causal:
+            future = torch.arange(length, device=positions.device) > positions[:, None, :, None]
+            mask = future if mask is None else mask | future
+        return replace(self, bias=bias, mask=mask, slots=slots_BM)
+
+
+class TransformerLayer(MegatronModule):
+    """Self-attention, cross-attention in a decoder, feed-forward; each with residual, dropout and norm."""
+
+    def __init__(
+        self, config: TransformerConfig, spec: LayerSpec, plan: LayerPlan, collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config)
+        self.plan, self.tp_group = plan, collection.tp
+        self.self_attention_norm = spec.norm(config, config.hidden_size)
+        self.self_attention = build_module(
+            spec.self_attention,
+            config=config,
+            layer_number=plan.number + 1,
+            attn_mask_type=AttnMaskType.causal if plan.is_decoder else AttnMaskType.padding,
+            pg_collection=collection,
+        )
+        if plan.is_decoder:
+            self.cross_attention_norm = spec.norm(config, config.hidden_size)
+            self.cross_attention = build_module(
+                spec.cross_attention,
+                config=config,
+                layer_number=plan.number + 1,
+                attn_mask_type=AttnMaskType.padding,
+                pg_collection=collection,
+            )
+        self.mlp_norm = spec.norm(config, config.hidden_size)
+        self.mlp = build_module(spec.mlp, config=config, ffn_hidden_size=config.ffn_hidden_size, tp_group=collection.tp)
+
+    def forward(self, hidden_SBH: Tensor, inputs: AttentionInputs) -> Tensor:
+        """[s, b, h] to [s, b, h], or to [m, b, h] where `inputs` names the m slots that are asked for."""
+        tensors = (inputs.bias, inputs.mask, inputs.context, inputs.context_mask, inputs.slots)
+        if self.plan.recompute and self.training:
+            return tensor_parallel.checkpoint(self._sublayers, False, hidden_SBH, *tensors)
+        return self._sublayers(hidden_SBH, *tensors)
+
+    def _sublayers(
+        self,
+        hidden_SBH: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+        slots: Tensor | None,
+    ) -> Tensor:
+        sequence = None
+        if slots is not None:
+            sequence = hidden_SBH if self.plan.is_post_norm else self.self_attention_norm(hidden_SBH)
+            hidden_SBH = shorten_to_slots(hidden_SBH, slots, self.config, self.tp_group)
+
+        def attend(x: Tensor) -> SublayerOutput:
+            return self.self_attention(x, mask, key_value_states=sequence, attention_bias=bias)
+
+        def cross_attend(x: Tensor) -> SublayerOutput:
+            return self.cross_attention(x, context_mask, key_value_states=context)
+
+        hidden_SBH = self._residual(hidden_SBH, self.self_attention_norm, attend)
+        if self.plan.is_decoder:
+            hidden_SBH = self._residual(hidden_SBH, self.cross_attention_norm, cross_attend)
+        return self._residual(hidden_SBH, self.mlp_norm, self.mlp)
+
+    def _residual(self, hidden: Tensor, norm: MegatronModule, sublayer: Callable[[Tensor], SublayerOutput]) -> Tensor:
+        output, bias = sublayer(hidden if self.plan.is_post_norm else norm(hidden))
+        if bias is not None:
+            output = output + bias
+        hidden = hidden + functional.dropout(output, self.config.hidden_dropout, self.training)
+        return norm(hidden) if self.plan.is_post_norm else hidden

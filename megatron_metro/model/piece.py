@@ -1,0 +1,373 @@
+"""A contiguous piece of the chain on one rank: runs its units in order, from one boundary payload to the next.
+
+Shape letters: s encoder positions, t decoder positions (shards under sequence parallelism), b sequences, h width,
+g masked slots, m target slots.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_metro.batch import Microbatch
+from megatron_metro.config.chain import Network, Unit, UnitKind
+from megatron_metro.config.payload import PayloadRows, payload_rows
+from megatron_metro.config.schema import ModelConfig
+from megatron_metro.losses.step import StepLosses
+from megatron_metro.model.heads import MlmHead, RtdHead
+from megatron_metro.model.layer import AttentionInputs
+from megatron_metro.model.network import NetworkPlan, NetworkShare, local_shard
+from megatron_metro.model.sharded_state import shard_parameters
+from megatron_metro.model.slots import gather_shortened, gather_slots
+from megatron_metro.model.specs import LayerSpec
+from megatron_metro.model.vocabulary import TokenMatrix
+from megatron_metro.parallel import vocab_ops
+from megatron_metro.parallel.boundary import BoundaryPayload, pack, unpack
+from megatron_metro.parallel.vocab_ops import VocabShard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PieceContext:
+    """What all pieces of a model have in common."""
+
+    model: ModelConfig
+    configs: dict[Network, TransformerConfig]
+    spec: LayerSpec
+    shard: VocabShard
+    collection: ProcessGroupCollection
+    recompute: bool  # full recomputation of every layer
+    pad_id: int
+    eval_all_positions: bool  # validation scores the decoder at every position, as the reference reports
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """What flows from unit to unit within a piece."""
+
+    payload: BoundaryPayload
+    network: Network
+    bias: Tensor | None  # the running network's shared relative bias, if it has one
+    is_short: bool = False  # hidden states stand at the slots of the head that follows, not at all positions
+
+
+class ChainPiece(MegatronModule):
+    """Generator, encoder and decoder as far as this piece holds them, with the heads in between."""
+
+    def __init__(
+        self,
+        context: PieceContext,
+        units: tuple[Unit, ...],
+        previous: Unit | None,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(next(iter(context.configs.values())))
+        self.context, self.units, self.previous, self.vp_stage = context, units, previous, vp_stage
+        self.tp_group = context.collection.tp
+        self.model_type = ModelType.encoder_or_decoder  # asked for by megatron-core's schedules
+        self.losses: StepLosses | None = None
+        self._message: Tensor | None = None
+        self._following = dict(pairwise(units))
+        kinds = {unit.kind for unit in units}
+        model = context.model
+        readers = {"generator_embedding", "mlm_head", "encoder_embedding", "decoder_embedding"}
+        if kinds & readers or ("lm_head" in kinds and not model.untie_embeddings_and_output_weights):
+            self.word_embeddings = TokenMatrix(self.config, context.shard, context.collection)
+        for network in context.configs:
+            if share := self._build_share(network):
+                self.add_module(network, share)
+        if "mlm_head" in kinds:
+            config = context.configs["generator"]
+            self.mlm_head = MlmHead(config, context.spec, model.mlm_head, context.shard.num_columns, self.tp_group)
+        if "encoder_head" in kinds and model.has_rtd_head:
+            self.rtd_head = RtdHead(context.configs["encoder"], context.spec, model.rtd_head)
+        if "lm_head" in kinds and model.untie_embeddings_and_output_weights:
+            self.lm_head = TokenMatrix(context.configs["decoder"], context.shard, context.collection)
+        self._run: dict[UnitKind, Callable[[Unit, _Running, Microbatch], _Running]] = {
+            "generator_embedding": self._embed_generator,
+            "generator_layer": self._run_layer,
+            "mlm_head": self._fill_and_embed,
+            "encoder_embedding": self._embed_encoder,
+            "encoder_layer": self._run_layer,
+            "encoder_head": self._detect_replaced,
+            "decoder_embedding": self._embed_decoder,
+            "decoder_layer": self._run_layer,
+        }
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Take the previous piece's message; called by megatron-core's schedules before each forward."""
+        (self._message,) = input_tensor
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, ShardedTensor]:
+        """Every weight under its name in the whole model, which no layout changes."""
+        return shard_parameters(self, prefix, self.context.shard, self.context.collection)
+
+    def forward(self, microbatch: Microbatch) -> Tensor:
+        """The message [rows, b, h] for the next piece, or the summed LM loss at the end of the chain."""
+        assert self.losses is not None, "begin_step comes before the first forward pass"
+        ends_chain = self.units[-1].kind == "lm_head"
+        units = self.units[:-1] if ends_chain else self.units
+        running = self._pass(units, self._receive(microbatch), microbatch)
+        if ends_chain:
+            return self._write(running, microbatch, self.losses)
+        return pack(running.payload, self._rows_after(self.units[-1], microbatch))
+
+    def encode(self, microbatch: Microbatch) -> BoundaryPayload:
+        """What enters the decoder of a model in one piece: the encoder's output and the generator's fills."""
+        units = [unit for unit in self.units if unit.network != "decoder"]
+        return self._pass(units, self._receive(microbatch), microbatch).payload
+
+    def predict(self, encoded: BoundaryPayload, microbatch: Microbatch) -> Tensor:
+        """The decoder's greedy ids [b, m] at the target slots, from what `encode` gave and the decoder tokens."""
+        units = [unit for unit in self.units if unit.network == "decoder" and unit.kind != "lm_head"]
+        running = self._pass(units, _Running(encoded, "encoder", None), microbatch)
+        rows = self._rows_at(self._finish_decoder(running), microbatch.target_slots, running.is_short)
+        return vocab_ops.argmax(self._project(rows), self.context.shard).view_as(microbatch.target_slots)
+
+    def _pass(self, units: Sequence[Unit], running: _Running, microbatch: Microbatch) -> _Running:
+        for unit in units:
+            running = self._run[unit.kind](unit, running, microbatch)
+        return running
+
+    def _receive(self, microbatch: Microbatch) -> _Running:
+        first = self.units[0]
+        if self.previous is None:
+            nothing = torch.empty(0, device=microbatch.encoder_tokens.device)
+            return _Running(BoundaryPayload(hidden=nothing), first.network, None)
+        assert self._message is not None
+        rows = self._rows_after(self.previous, microbatch)
+        payload = unpack(self._message, rows, microbatch.shape.num_masked_slots)
+        network = self.previous.network
+        return _Running(payload, network, self._stack_bias(network, microbatch))
+
+    def _rows_after(self, unit: Unit, microbatch: Microbatch) -> PayloadRows:
+        shape = microbatch.shape
+        return payload_rows(
+            unit,
+            self.context.model,
+            encoder_length=shape.encoder_length,
+            decoder_length=shape.decoder_length,
+            num_masked_slots=shape.num_masked_slots,
+            sequence_shards=self.tp_group.size() if self.config.sequence_parallel else 1,
+        )
+
+    # Units, in the order of the chain.
+
+    def _embed_generator(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
+        assert microbatch.generator_tokens is not None
+        own = self.context.model.generator_embedding_sharing == "token"
+        hidden = self._embed(
+            self.generator if own else self.encoder,
+            microbatch.generator_tokens,
+            microbatch.encoder_padding,
+            self.context.configs["generator"].hidden_dropout,
+        )
+        return self._start("generator", replace(running.payload, hidden=hidden), microbatch)
+
+    def _run_layer(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
+        assert unit.index is not None
+        encoder_padding = microbatch.encoder_padding
+        keys_to_ignore = None if encoder_padding is None else encoder_padding[:, None, None, :]
+        slots = self._slots_after(unit, microbatch)
+        if unit.kind == "decoder_layer":
+            # Padding stands at the end, where the causal mask already hides it from every real position.
+            length = microbatch.shape.decoder_length
+            inputs = AttentionInputs(
+                bias=running.bias, context=running.payload.encoder_output, context_mask=keys_to_ignore, slots=slots
+            )
+        else:
+            length = microbatch.shape.encoder_length
+            inputs = AttentionInputs(bias=running.bias, mask=keys_to_ignore, slots=slots)
+        share: NetworkShare = getattr(self, unit.network)
+        hidden = share.run_layer(unit.index, running.payload.hidden, length, inputs)
+        return replace(running, payload=replace(running.payload, hidden=hidden), is_short=slots is not None)
+
+    def _fill_and_embed(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
+        """MLM loss, the generator's fills, and the encoder's embedding of the corrupted input."""
+        assert self.losses is not None and microbatch.masked_slots is not None
+        assert microbatch.masked_ids is not None and microbatch.masked_valid is not None
+        assert microbatch.uniforms is not None
+        shard = self.context.shard
+        hidden = self.generator.finish(running.payload.hidden)
+        logits = self.mlm_head(self._rows_at(hidden, microbatch.masked_slots, running.is_short), self.word_embeddings)
+        targets, excluded = microbatch.masked_ids.flatten(), (self.context.pad_id,)
+        statistics = vocab_ops.measure(logits, shard, targets_N=targets, excluded_ids=excluded)
+        nll = vocab_ops.cross_entropy(logits, targets, shard, statistics).view_as(microbatch.masked_ids)
+        fills = vocab_ops.sample(logits, microbatch.uniforms.flatten(), shard, excluded, statistics)
+        sampled_ids = torch.where(microbatch.masked_valid, fills.view_as(microbatch.masked_ids), 0)
+        is_right = statistics.argmax_N.view_as(microbatch.masked_ids) == microbatch.masked_ids
+        loss = self.losses.add_mlm(nll, is_right, microbatch.masked_valid)
+        corrupted = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, sampled_ids)
+        hidden = self._embed(
+            self.encoder, corrupted, microbatch.encoder_padding, self.context.configs["encoder"].hidden_dropout
+        )
+        payload = replace(running.payload, hidden=self.losses.inject(hidden, loss), sampled_ids=sampled_ids)
+        return self._start("encoder", payload, microbatch)
+
+    def _embed_encoder(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
+        hidden = self._embed(
+            self.encoder,
+            microbatch.encoder_tokens,
+            microbatch.encoder_padding,
+            self.context.configs["encoder"].hidden_dropout,
+        )
+        return self._start("encoder", replace(running.payload, hidden=hidden), microbatch)
+
+    def _detect_replaced(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
+        """Final norm of a Pre-LN encoder, and the RTD loss on every real position."""
+        assert self.losses is not None
+        hidden, payload = self.encoder.finish(running.payload.hidden), running.payload
+        if self.context.model.has_rtd_head:
+            assert payload.sampled_ids is not None and microbatch.masked_slots is not None
+            config = self.context.configs["encoder"]
+            logits = self.rtd_head(hidden)
+            corrupted = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, payload.sampled_ids)
+            labels = (corrupted != microbatch.encoder_tokens).t()
+            is_real = mark_real_positions(microbatch).t()
+            loss = self.losses.add_rtd(
+                logits, local_shard(labels, config, self.tp_group), local_shard(is_real, config, self.tp_group)
+            )
+            whole = logits.detach()
+            if config.sequence_parallel:
+                whole = gather_from_sequence_parallel_region(
+                    whole, tensor_parallel_output_grad=False, group=self.tp_group
+                )
+            self.losses.record_rtd(whole, labels, is_real)
+            slots = microbatch.masked_slots.clamp(max=whole.shape[0] - 1)
+            hidden = self.losses.inject(hidden, loss)
+            payload = replace(payload, replaced_prob=whole.t().gather(1, slots).sigmoid().float())
+        return replace(running, payload=replace(payload, hidden=hidden))
+
+    def _embed_decoder(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
+        hidden = self._embed(
+            self.decoder, microbatch.decoder_tokens, None, self.context.configs["decoder"].hidden_dropout
+        )
+        payload = replace(running.payload, hidden=hidden, encoder_output=running.payload.hidden)
+        return self._start("decoder", payload, microbatch)
+
+    def _write(self, running: _Running, microbatch: Microbatch, losses: StepLosses) -> Tensor:
+        """The corrective LM loss at the target slots, summed over the microbatch."""
+        shard, payload = self.context.shard, running.payload
+        hidden = self._finish_decoder(running)
+        logits = self._project(self._rows_at(hidden, microbatch.target_slots, running.is_short))
+        targets = microbatch.target_ids.flatten()
+        statistics = vocab_ops.measure(logits, shard, targets_N=targets)
+        nll = vocab_ops.cross_entropy(logits, targets, shard, statistics).view_as(microbatch.target_ids)
+        if payload.sampled_ids is not None and microbatch.masked_ids is not None:
+            if self.context.eval_all_positions and not self.training:
+                self._score_all_positions(hidden, payload.sampled_ids, microbatch)
+            else:
+                # Objectives with a generator target the very slots that it fills.
+                is_right = statistics.argmax_N.view_as(microbatch.target_ids) == microbatch.target_ids
+                losses.record_lm(is_right, payload.sampled_ids != microbatch.masked_ids, microbatch.target_valid)
+        return losses.add_lm(nll, microbatch.target_valid, payload.replaced_prob)
+
+    # Parts of units.
+
+    def _finish_decoder(self, running: _Running) -> Tensor:
+        """Hidden states [t, b, h] as the projection to the vocabulary takes them."""
+        hidden = self.decoder.finish(running.payload.hidden)
+        if self.context.model.scale_lm_output:
+            hidden = hidden * self.context.configs["decoder"].hidden_size ** -0.5
+        return hidden
+
+    def _rows_at(self, hidden: Tensor, slots_BM: Tensor, is_short: bool) -> Tensor:
+        """What a head projects: hidden states [b*m, h] at slots, alike on all tensor-parallel ranks."""
+        gather = gather_shortened if is_short else partial(gather_slots, slots_BM=slots_BM)
+        rows_MBH: Tensor = gather(hidden, config=self.config, tp_group=self.tp_group)
+        return rows_MBH.transpose(0, 1).flatten(0, 1)
+
+    def _project(self, rows_RH: Tensor) -> Tensor:
+        """The LM head's logits [r, v]."""
+        matrix: TokenMatrix = self.lm_head if hasattr(self, "lm_head") else self.word_embeddings
+        logits: Tensor = matrix(rows_RH, project=True)
+        return logits
+
+    def _slots_after(self, unit: Unit, microbatch: Microbatch) -> Tensor | None:
+        """The only positions at which a layer's output is read: where a head follows it in this very piece.
+
+        None where they are not worth it or cannot be sharded; the mathematics is the same either way.
+        """
+        heads = {"generator_layer": "mlm_head", "decoder_layer": "lm_head"}
+        following = self._following.get(unit)
+        if following is None or following.kind != heads.get(unit.kind):
+            return None
+        if following.kind == "lm_head" and self.context.eval_all_positions and not self.training:
+            return None
+        slots = microbatch.masked_slots if following.kind == "mlm_head" else microbatch.target_slots
+        length = microbatch.shape.encoder_length if following.kind == "mlm_head" else microbatch.shape.decoder_length
+        assert slots is not None
+        shards = self.tp_group.size() if self.config.sequence_parallel else 1
+        return slots if slots.shape[1] < length and slots.shape[1] % shards == 0 else None
+
+    def _score_all_positions(self, hidden: Tensor, sampled_ids: Tensor, microbatch: Microbatch) -> None:
+        """The decoder's hits at every real position (reference section 4), as many at a time as the loss has slots.
+
+        Validation then holds no more logits at once than training does. METRO's decoder writes the original text, token
+        i at position i.
+        """
+        assert self.losses is not None and microbatch.masked_slots is not None
+        originals, shape = microbatch.encoder_tokens, microbatch.shape
+        every = torch.arange(shape.decoder_length, device=originals.device).expand_as(originals)
+        chunks = every.split(shape.num_target_slots, dim=1)
+        logits = (self._project(self._rows_at(hidden, slots, is_short=False)) for slots in chunks)
+        picked = [vocab_ops.argmax(part, self.context.shard) for part in logits]
+        predicted = torch.cat([ids.view_as(slots) for ids, slots in zip(picked, chunks)], dim=1)
+        is_replaced = fill_slots(originals, microbatch.masked_slots, sampled_ids) != originals
+        self.losses.record_lm(predicted == originals, is_replaced, mark_real_positions(microbatch))
+
+    def _start(self, network: Network, payload: BoundaryPayload, microbatch: Microbatch) -> _Running:
+        return _Running(payload, network, self._stack_bias(network, microbatch))
+
+    def _stack_bias(self, network: Network, microbatch: Microbatch) -> Tensor | None:
+        share: NetworkShare | None = getattr(self, network, None)
+        shape = microbatch.shape
+        length = shape.decoder_length if network == "decoder" else shape.encoder_length
+        return share.stack_bias(length) if share is not None else None
+
+    def _embed(self, share: NetworkShare, tokens_BS: Tensor, padding: Tensor | None, dropout: float) -> Tensor:
+        return share.embed(self.word_embeddings(tokens_BS), tokens_BS.shape[1], padding, dropout)
+
+    def _build_share(self, network: Network) -> NetworkShare | None:
+        kinds = {unit.kind for unit in self.units}
+        embeds = {
+            "generator": "generator_embedding" in kinds and self.context.model.generator_embedding_sharing == "token",
+            "encoder": bool(kinds & {"mlm_head", "encoder_embedding"})
+            or ("generator_embedding" in kinds and self.context.model.generator_embedding_sharing == "token_pos_norm"),
+            "decoder": "decoder_embedding" in kinds,
+        }[network]
+        plan = NetworkPlan(
+            network=network,
+            layers=tuple(u.index for u in self.units if u.kind == f"{network}_layer" and u.index is not None),
+            embeds=embeds,
+            ends={"generator": "mlm_head", "encoder": "encoder_head", "decoder": "lm_head"}[network] in kinds,
+            recompute=self.context.recompute,
+        )
+        if not (plan.layers or plan.embeds or plan.ends):
+            return None
+        config = self.context.configs[network]
+        return NetworkShare(config, self.context.model, self.context.spec, plan, self.context.collection)
+
+
+def fill_slots(tokens_BS: Tensor, slots_BG: Tensor, fills_BG: Tensor) -> Tensor:
+    """Tokens with the fills written at the slots; unused slots write to a dump column past the end."""
+    dump = tokens_BS.new_zeros(tokens_BS.shape[0], 1)
+    return torch.cat([tokens_BS, dump], dim=1).scatter(1, slots_BG, fills_BG)[:, :-1]
+
+
+def mark_real_positions(microbatch: Microbatch) -> Tensor:
+    """Bool [b, s], False at the encoder's padding."""
+    if microbatch.encoder_padding is None:
+        return torch.ones_like(microbatch.encoder_tokens, dtype=torch.bool)
+    return ~microbatch.encoder_padding

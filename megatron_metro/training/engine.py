@@ -1,0 +1,167 @@
+"""One optimizer step, or one validation batch, through megatron-core's unmodified schedules.
+
+Everything that differs between layouts is chosen here once, when the engine is built; a step then reads the same for
+one process and for a pipeline.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import finalize_model_grads as core_finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_metro.batch import Microbatch, MicrobatchShape
+from megatron_metro.config.payload import payload_rows
+from megatron_metro.config.schema import RunConfig
+from megatron_metro.losses.step import StepLosses, count_tokens
+from megatron_metro.model.build import build_pieces
+from megatron_metro.parallel.communicator import StaticShapeCommunicator
+from megatron_metro.parallel.groups import ParallelGroups, all_reduce_sum
+from megatron_metro.parallel.layout import StageLayout, shared_weights
+from megatron_metro.parallel.shared_weights import SharedWeights
+from megatron_metro.training.optimizer import StepOutcome, build_optimizer, optimizer_step, wrap
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did; `metrics` has the fixed log names and is equal on all ranks."""
+
+    metrics: dict[str, float]
+    outcome: StepOutcome
+
+
+class Engine:
+    """The model of one rank with its optimizer, ready to run steps."""
+
+    def __init__(
+        self, run: RunConfig, layout: StageLayout, groups: ParallelGroups, dtype: torch.dtype, pad_id: int
+    ) -> None:
+        self.run, self.layout, self.groups = run, layout, groups
+        self.pieces = build_pieces(run, layout, groups, dtype, pad_id)
+        # Before the data-parallel wrapper, which reads the marks of shared weights when it lays out its buckets.
+        self.shared = SharedWeights(shared_weights(layout, run.model), layout, self.pieces, groups)
+        self.chunks = wrap(run, self.pieces, groups)
+        self.optimizer = build_optimizer(run, self.chunks, groups)
+        self.core_config = get_model_config(self.chunks[0])
+        self.communicator = StaticShapeCommunicator(groups.pp_group, self.core_config) if groups.pp_size > 1 else None
+        self._divisor = 1.0
+        self._connect_hooks()
+
+    def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
+        """Forward and backward over this data-parallel rank's microbatches, then one optimizer update."""
+        metrics = self.accumulate_gradients(microbatches)
+        return StepResult(metrics, optimizer_step(self.optimizer))
+
+    def accumulate_gradients(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
+        """The step up to the update: `main_grad` of every weight holds the gradient of the global batch's objective."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(microbatches, forward_only=False).summarise()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Sequence[Microbatch]]) -> dict[str, float]:
+        """Metrics over all batches together: summed terms over summed counts."""
+        for chunk in self.chunks:
+            chunk.eval()
+        batch_losses = [self._run(microbatches, forward_only=True) for microbatches in batches]
+        return StepLosses.merge(batch_losses).summarise()
+
+    def synchronise_parameters(self) -> None:
+        """Finish gathering updated parameters, which the next forward pass would otherwise do (overlapped gather)."""
+        if self.run.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def _run(self, microbatches: Sequence[Microbatch], *, forward_only: bool) -> StepLosses:
+        """All microbatches through the schedule; the loss terms of all stages, summed over the world."""
+        counts = all_reduce_sum(count_tokens(microbatches), self.groups.dp_group)
+        losses = StepLosses(self.run.objective, counts, loss_scale=self.optimizer.get_loss_scale())
+        self._divisor = losses.divisor
+        for piece in self.pieces:
+            piece.losses = losses
+        shape = microbatches[0].shape
+        with self._messages(shape, len(microbatches), forward_only):
+            get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=[iter(microbatches) for _ in self.chunks],
+                model=self.chunks,
+                num_microbatches=len(microbatches),
+                seq_length=shape.encoder_length,  # not read: the communicator knows every shape
+                micro_batch_size=shape.micro_batch_size,
+                forward_only=forward_only,
+                p2p_communicator=self.communicator,
+                pg_collection=self.groups.collection,
+            )
+        # Tensor-parallel ranks hold the same sums, so one of them speaks.
+        if self.groups.tp_rank != 0:
+            losses.sums.zero_()
+        all_reduce_sum(losses.sums, self.groups.world_group)
+        return losses
+
+    def _messages(
+        self, shape: MicrobatchShape, num_microbatches: int, forward_only: bool
+    ) -> AbstractContextManager[None]:
+        if self.communicator is None:
+            return nullcontext()
+        return self.communicator.step(num_microbatches, partial(self.message_shape, shape), forward_only=forward_only)
+
+    def message_shape(self, shape: MicrobatchShape, piece: int) -> tuple[int, int, int]:
+        """Rows, sequences and width of what a piece sends to the next one."""
+        rows = payload_rows(
+            self.layout.pieces[piece][-1],
+            self.run.model,
+            encoder_length=shape.encoder_length,
+            decoder_length=shape.decoder_length,
+            num_masked_slots=shape.num_masked_slots,
+            sequence_shards=self.groups.tp_size if self.run.parallel.sequence_parallel else 1,
+        )
+        return rows.total, shape.micro_batch_size, self.run.model.hidden_size
+
+    def _connect_hooks(self) -> None:
+        """Hand megatron-core's schedules what they call back, as Megatron's own training loop does."""
+        config = self.core_config
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = self._finalize_gradients
+        is_single = len(self.chunks) == 1
+        if self.run.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync[0] if is_single else no_sync
+            if not is_single:
+                config.grad_sync_func = [chunk.start_grad_sync for chunk in self.chunks]
+        if self.run.parallel.overlap_param_gather and not is_single:
+            config.param_sync_func = [chunk.start_param_sync for chunk in self.chunks]
+
+    def _finalize_gradients(
+        self,
+        chunks: list[DistributedDataParallel],
+        num_tokens: Tensor | None,
+        pg_collection: ProcessGroupCollection | None = None,
+        force_all_reduce: bool = False,
+    ) -> None:
+        """Core's reductions, then the copies of shared weights, then the one division of the step.
+
+        Core would divide by the tokens it counts on the last stage before the copies can be summed, and pay a broadcast
+        for what every rank knows since before the first forward pass.
+        """
+        core_finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        self.shared.sum_gradients()
+        for chunk in chunks:
+            chunk.scale_gradients(1.0 / self._divisor)
+
+
+def _forward_step(
+    microbatches: Iterator[Microbatch], chunk: DistributedDataParallel
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    """The one forward step handed to the schedules, for every layout and objective."""
+    output: Tensor = chunk(next(microbatches))
+    # The three that core expects: the summed loss, a token count that nothing reads, and nothing to report.
+    return output, lambda loss: (loss, torch.zeros([], dtype=torch.int, device=loss.device), {})

@@ -1,0 +1,237 @@
+"""fit(): load, step, report, validate, save. Reads top to bottom."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from megatron_metro.analysis.cost import step_flops
+from megatron_metro.batch import Microbatch
+from megatron_metro.config.batches import batch_size_at, count_steps, list_batch_sizes
+from megatron_metro.config.cli import format_config, save_config
+from megatron_metro.config.errors import ConfigError, MetroError
+from megatron_metro.config.schema import RunConfig
+from megatron_metro.config.validation import data_parallel_size, require_training_inputs
+from megatron_metro.data.loader import StepLoader, build_loaders
+from megatron_metro.device import Device, activate
+from megatron_metro.model.transformer_config import parameter_dtype
+from megatron_metro.parallel.groups import ParallelGroups, initialise
+from megatron_metro.parallel.stage_plan import plan_layout
+from megatron_metro.tokenizer import Tokenizer, load_tokenizer
+from megatron_metro.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_metro.training.checkpoint_folder import check_save_folder
+from megatron_metro.training.engine import Engine, StepResult
+from megatron_metro.training.optimizer import parameter_norm, set_learning_rate
+from megatron_metro.training.reporting import Reporter, StepReport, check_tensorboard
+from megatron_metro.training.schedule import learning_rate
+from megatron_metro.training.state import TrainState
+from megatron_metro.training.throughput import StepTimer, peak_tflops, tflops_per_device
+
+
+@dataclass(slots=True)
+class Window:
+    """What happened since the last log line."""
+
+    results: list[StepResult] = field(default_factory=list)
+
+    def mean_metrics(self) -> dict[str, float]:
+        """Mean of each number over the steps."""
+        names = self.results[-1].metrics
+        return {name: sum(result.metrics[name] for result in self.results) / len(self.results) for name in names}
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(not result.outcome.updated for result in self.results)
+
+
+def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
+    """Train the run that a valid, resolved configuration describes; every process of the job calls it.
+
+    All that can be wrong with files and flags is found before a process group starts. Raises MetroErrors.
+    """
+    require_training_inputs(run)
+    check_tensorboard(run.logging)
+    tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
+    run = fit_vocabulary(run, tokenizer)
+    plan_layout(run)
+    tp_size = run.parallel.tensor_model_parallel_size
+    dp_size = data_parallel_size(run.parallel, world_size)
+    train_loader, valid_loader = build_loaders(run, tokenizer, rank // tp_size % dp_size, dp_size)
+    device = activate(run.training.device, run.parallel.distributed_backend)
+    torch.set_float32_matmul_precision(run.training.cpu_matmul_precision)
+    groups = initialise(run.parallel, device, timedelta(minutes=run.parallel.distributed_timeout_minutes))
+    try:
+        Trainer(run, device, groups, tokenizer, train_loader, valid_loader).fit()
+    finally:
+        train_loader.close()
+        groups.destroy()
+
+
+def fit_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """The run with the tokenizer's vocabulary size; ConfigError where --vocab-size says another."""
+    if run.model.vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"--vocab-size {run.model.vocab_size} is not the tokenizer's {tokenizer.vocab_size} "
+            f"(--vocab-extra-ids {run.tokenizer.vocab_extra_ids} included); leave --vocab-size out, or give the "
+            "tokenizer the model was made for"
+        )
+    return replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        device: Device,
+        groups: ParallelGroups,
+        tokenizer: Tokenizer,
+        train_loader: StepLoader,
+        valid_loader: StepLoader | None,
+    ) -> None:
+        self.run, self.device, self.groups = run, device, groups
+        self.train_loader, self.valid_loader = train_loader, valid_loader
+        train_iters = count_steps(run.training)
+        assert train_iters is not None, "checked by require_training_inputs"
+        self.train_iters = train_iters
+        device.seed_all(run.training.seed, tp_rank=groups.tp_rank, pp_rank=groups.pp_rank, dp_rank=groups.dp_rank)
+        self.engine = Engine(run, plan_layout(run), groups, parameter_dtype(run.optimizer), tokenizer.pad_id)
+        self.state = self._load()
+        self.reporter = Reporter(run, groups, train_iters=train_iters, start_iteration=self.state.iteration)
+        self.timer = StepTimer(device.synchronize)
+
+    def fit(self) -> None:
+        """Train to the end of the run, then validate and save."""
+        self._announce()
+        self.reporter.phase("before the start of training step")
+        window = Window()
+        self.timer.start()
+        while not self._is_finished():
+            window.results.append(self._step())
+            self.reporter.advance(self.state.iteration)
+            if self.state.iteration % self.run.logging.log_interval == 0 or self._is_finished():
+                self._report(window)
+                window = Window()
+            self._validate_and_save()
+        self.timer.stop()
+        self.reporter.phase("after training is done")
+        self.reporter.close()
+
+    def _announce(self) -> None:
+        self.reporter.message(format_config(self.run))
+        self.reporter.message(f"layout: {self.engine.layout.format()}")
+        if self.run.checkpoint.save is not None and self.groups.rank == 0:
+            save_config(self.run, Path(self.run.checkpoint.save) / "config.yaml")
+
+    def _is_finished(self) -> bool:
+        exit_interval, iteration = self.run.training.exit_interval, self.state.iteration
+        is_told_to_exit = exit_interval is not None and self._has_stepped and iteration % exit_interval == 0
+        return iteration >= self.train_iters or is_told_to_exit
+
+    def _step(self) -> StepResult:
+        """One optimizer step on the next global batch; the rate is that of the updates completed before it."""
+        batch_size = batch_size_at(self.run.training, self.state.consumed_samples)
+        microbatches = self._microbatches(self.train_loader, batch_size)
+        set_learning_rate(self.engine.optimizer, self._learning_rate())
+        result = self.engine.train_step(microbatches)
+        self._has_stepped = True
+        self.state = replace(
+            self.state,
+            iteration=self.state.iteration + 1,
+            skipped_iterations=self.state.skipped_iterations + (not result.outcome.updated),
+            consumed_samples=self.state.consumed_samples + batch_size,
+        )
+        self._check_shared_weights()
+        return result
+
+    def _learning_rate(self) -> float:
+        return learning_rate(self.run.optimizer, self.state.num_updates, self.train_iters)
+
+    def _microbatches(self, loader: StepLoader, batch_size: int) -> list[Microbatch]:
+        count = batch_size // (self.run.training.micro_batch_size * self.groups.dp_size)
+        return [microbatch.to(self.device.torch_device) for microbatch in loader.next_step(count)]
+
+    def _report(self, window: Window) -> None:
+        seconds = self.timer.lap() / len(window.results)
+        last, batch_size = window.results[-1].outcome, batch_size_at(self.run.training, self.state.consumed_samples)
+        logging, optimizer = self.run.logging, self.run.optimizer
+        tflops = None
+        if logging.log_throughput:
+            tflops = tflops_per_device(step_flops(self.run, batch_size), seconds, self.groups.world_size)
+        self.reporter.step(
+            StepReport(
+                iteration=self.state.iteration,
+                consumed_samples=self.state.consumed_samples,
+                learning_rate=self._learning_rate(),
+                global_batch_size=batch_size,
+                metrics=window.mean_metrics(),
+                loss_scale=last.loss_scale,
+                grad_norm=last.grad_norm,
+                params_norm=parameter_norm(self.engine.optimizer) if logging.log_params_norm else None,
+                seconds_per_iteration=seconds,
+                tflops_per_device=tflops,
+                peak_tflops=peak_tflops(
+                    torch.cuda.get_device_name() if self.device.kind == "cuda" else None,
+                    is_half_precision=optimizer.bf16 or optimizer.fp16,
+                    override=logging.peak_tflops,
+                ),
+                num_skipped=window.num_skipped,
+            )
+        )
+
+    def _validate_and_save(self) -> None:
+        training, checkpoint, iteration = self.run.training, self.run.checkpoint, self.state.iteration
+        is_end = self._is_finished()
+        validates = is_end or (training.eval_interval and iteration % training.eval_interval == 0)
+        saves = is_end or (checkpoint.save_interval is not None and iteration % checkpoint.save_interval == 0)
+        if not validates and not saves:
+            return
+        self.timer.stop()
+        self.engine.synchronise_parameters()
+        if validates and self.valid_loader is not None and training.eval_iters:
+            self._validate(self.valid_loader)
+        if saves and checkpoint.save is not None:
+            self._save(checkpoint.save)
+        self.timer.start()
+
+    def _validate(self, loader: StepLoader) -> None:
+        """The same held-out batches every time, all weighed by their counts."""
+        loader.rewind(0)
+        batch_size = list_batch_sizes(self.run.training)[-1]
+        batches: Iterator[list[Microbatch]] = (
+            self._microbatches(loader, batch_size) for _ in range(self.run.training.eval_iters)
+        )
+        metrics = self.engine.evaluate(batches)
+        consumed = self.state.consumed_valid_samples + batch_size * self.run.training.eval_iters
+        self.state = replace(self.state, consumed_valid_samples=consumed)
+        self.reporter.validation(self.state.iteration, self.state.consumed_samples, metrics)
+
+    def _save(self, folder: str) -> None:
+        self.reporter.saving(self.state.iteration, folder)
+        save_checkpoint(self.run, self.state, self.engine.chunks, self.engine.optimizer, self.groups)
+        self.reporter.saved(self.state.iteration, folder)
+
+    def _load(self) -> TrainState:
+        """Where to go on: from --load where it holds a checkpoint, else from the start."""
+        self._has_stepped = False
+        state = None
+        if self.run.checkpoint.load is not None:
+            state = load_checkpoint(self.run, self.engine.chunks, self.engine.optimizer, self.groups)
+        state = state or TrainState()
+        if self.run.checkpoint.save is not None:
+            check_save_folder(self.run.checkpoint.save, state.iteration)
+        self.train_loader.rewind(state.consumed_samples)
+        return state
+
+    def _check_shared_weights(self) -> None:
+        interval = self.run.parallel.check_weight_sharing_interval
+        if interval and self.state.iteration % interval == 0:
+            self.engine.synchronise_parameters()
+            if differing := self.engine.shared.find_differing():
+                raise MetroError(
+                    f"--check-weight-sharing-interval: at iteration {self.state.iteration} the copies of "
+                    f"{', '.join(differing)} differ between stages; go back to an earlier checkpoint"
+                )

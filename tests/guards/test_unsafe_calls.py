@@ -1,0 +1,88 @@
+"""Static gate against code that runs what it reads: pickles, eval, shells, unsafe YAML, archives, remote model code."""
+
+import ast
+
+import pytest
+
+from tests.helpers.repository import is_inside, list_names, list_python_files, parse, relative
+
+UNSAFE_MODULES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
+UNSAFE_NAMES = (
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "yaml.Loader",
+    "yaml.UnsafeLoader",
+    "yaml.FullLoader",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+)
+UNSAFE_METHODS = ("extractall",)
+UNSAFE_ARGUMENTS = {"shell": True, "allow_pickle": True, "weights_only": False, "trust_remote_code": True}
+
+# File -> names it may use all the same. An entry says why.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    # Catches the error that megatron-core's own reader of damaged files raises.
+    "megatron_metro/training/checkpoint.py": ("pickle", "pickle.UnpicklingError"),
+}
+
+
+def find_unsafe(tree: ast.Module) -> list[tuple[str, int]]:
+    """Uses of anything listed above, with their lines."""
+    found = [
+        (name, line)
+        for name, line in list_names(tree)
+        if name in UNSAFE_NAMES or any(is_inside(name, module) for module in UNSAFE_MODULES)
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in UNSAFE_METHODS:
+            found.append((node.attr, node.lineno))
+        is_constant = isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant)
+        if is_constant and node.arg in UNSAFE_ARGUMENTS and node.value.value is UNSAFE_ARGUMENTS[node.arg]:
+            found.append((f"{node.arg}={node.value.value}", node.lineno))
+    return found
+
+
+def test_no_unsafe_call():
+    found = {}
+    for path in list_python_files("megatron_metro", "tools", "examples", "tests"):
+        allowed = ALLOWED.get(relative(path), ())
+        uses = [f"{name} (line {line})" for name, line in find_unsafe(parse(path)) if name not in allowed]
+        if uses:
+            found[relative(path)] = uses
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import _pickle as p",
+        "eval(text)",
+        "exec(text)",
+        "import os\nos.system('ls')",
+        "from os import system\nsystem('ls')",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+        "import yaml\nyaml.load(text)",
+        "import yaml\nyaml.load(text, Loader=yaml.UnsafeLoader)",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+        "import torch\ntorch.load(path, weights_only=False)",
+        "archive.extractall(path)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    ],
+)
+def test_an_unsafe_call_is_found(source):
+    assert find_unsafe(ast.parse(source))
+
+
+def test_safe_calls_pass():
+    source = "import yaml, re\nmodel.eval()\nyaml.safe_load(text)\nre.compile('a')\ntorch.load(path, weights_only=True)"
+    assert find_unsafe(ast.parse(source)) == []

@@ -1,0 +1,84 @@
+"""Faults put in on purpose, one per row of design section 5: each must turn the parity test red."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_metro.losses.step import StepLosses
+from megatron_metro.model import slots as slots_module
+from megatron_metro.training import engine as engine_module
+from megatron_metro.training.engine import Engine
+
+
+@contextmanager
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for a while."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def dropped_injection(engine: Engine) -> Iterator[None]:
+    """MLM and RTD are computed and logged, but never trained."""
+    with replaced_attribute(StepLosses, "inject", lambda self, activation, loss: activation):
+        yield
+
+
+@contextmanager
+def skipped_shared_sum(engine: Engine) -> Iterator[None]:
+    """Copies of the token matrix keep their own gradients."""
+    with replaced_attribute(engine.shared, "sum_gradients", lambda: None):
+        yield
+
+
+@contextmanager
+def missing_sequence_mark(engine: Engine) -> Iterator[None]:
+    """One norm's gradient is not summed over the tensor-parallel group."""
+    for piece in engine.pieces:
+        for name, parameter in piece.named_parameters():
+            if name == "encoder.layers.0.mlp_norm.weight":
+                parameter.sequence_parallel = False
+    yield
+
+
+@contextmanager
+def shifted_slot(engine: Engine) -> Iterator[None]:
+    """Hidden states are read one position beside the masked one."""
+    original: Callable[..., Tensor] = slots_module._local_rows
+
+    def read_shifted(hidden: Tensor, slots: Tensor, *rest: Any) -> Tensor:
+        return original(hidden, (slots - 1).clamp(min=0), *rest)
+
+    with replaced_attribute(slots_module, "_local_rows", read_shifted):
+        yield
+
+
+@contextmanager
+def local_divisor(engine: Engine) -> Iterator[None]:
+    """The step divides by this replica's tokens instead of the global batch's."""
+    original = engine._finalize_gradients
+
+    def finalize(*arguments: Any, **options: Any) -> None:
+        engine._divisor /= engine.groups.dp_size
+        original(*arguments, **options)
+
+    with replaced_attribute(engine.core_config, "finalize_model_grads_func", finalize):
+        yield
+
+
+@contextmanager
+def local_counts(engine: Engine) -> Iterator[None]:
+    """Each replica weighs its injected losses by its own counts: wrong only where replicas mask differently often."""
+
+    def reduce_nothing(tensor: Tensor, group: object) -> Tensor:
+        return tensor if tensor.numel() == 4 else torch.distributed.all_reduce(tensor, group=group) or tensor
+
+    with replaced_attribute(engine_module, "all_reduce_sum", reduce_nothing):
+        yield

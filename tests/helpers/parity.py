@@ -1,0 +1,221 @@
+"""The same training steps under any layout, gathered into whole tensors: what the parity matrix compares.
+
+Judged as design section 5 says: error of a tensor = max|a - b| / max(max|b|, 1e-3 x the largest such entry of the
+model); every weight is first moved by N(0, 0.05), since zero-initialised heads and tables hide missing gradients.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_metro.batch import Microbatch
+from megatron_metro.config.chain import build_chain
+from megatron_metro.config.schema import RunConfig
+from megatron_metro.device import activate
+from megatron_metro.parallel.groups import reinitialise
+from megatron_metro.parallel.layout import StageLayout, parse
+from megatron_metro.training.engine import Engine
+from megatron_metro.training.optimizer import set_learning_rate
+from tests.helpers import tiny
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run: a configuration, a cut of the chain, and how the global batch is divided."""
+
+    run: RunConfig
+    micro_batch_size: int = 2
+    dtype: torch.dtype = torch.float64
+    num_steps: int = 5
+    padded: bool = False
+    spans: bool = False
+    layout: str | None = None  # pieces by hand, in the string form of --pipeline-model-parallel-layout
+    mutate: Callable[[Engine], AbstractContextManager[None]] | None = None  # breaks something on purpose
+
+
+@dataclass
+class Outcome:
+    """What one run did, in whole tensors by parameter name."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    sampled_ids: np.ndarray | None = None  # [global batch, slots] of the first forward pass
+    norms: list[float] = field(default_factory=list)
+    gradients: Arrays = field(default_factory=dict)  # of the first step, before clipping
+    updates: Arrays = field(default_factory=dict)  # weights after all steps minus weights before
+
+
+GLOBAL_BATCH_SIZE = 12
+
+
+def run_case(case: Case) -> Outcome | None:
+    """Run a case on all processes of a pool; rank 0 returns the outcome."""
+    groups = reinitialise(case.run.parallel)
+    activate("cpu").seed_all(1, tp_rank=groups.tp_rank)
+    engine = Engine(case.run, _build_layout(case.run, case.layout), groups, case.dtype, pad_id=tiny.PAD_ID)
+    perturb(engine)
+    set_learning_rate(engine.optimizer, case.run.optimizer.lr)
+    with case.mutate(engine) if case.mutate is not None else nullcontext():
+        outcome = _run_steps(case, engine)
+    return outcome if groups.rank == 0 else None
+
+
+def _run_steps(case: Case, engine: Engine) -> Outcome:
+    groups, outcome = engine.groups, Outcome()
+    before = {name: parameter.detach().double().clone() for name, parameter in _parameters(engine).items()}
+    with _recording_samples(engine) as samples:
+        engine.accumulate_gradients(local_microbatches(case, 0, groups.dp_rank, groups.dp_size))
+    outcome.sampled_ids = _gather_samples(engine, samples)
+    if not case.run.parallel.use_distributed_optimizer:  # under it a rank holds only a slice of each gradient
+        outcome.gradients = _gather(engine, {n: p.main_grad.double() for n, p in _parameters(engine).items()})
+    for step in range(case.num_steps):
+        result = engine.train_step(local_microbatches(case, step, groups.dp_rank, groups.dp_size))
+        outcome.metrics.append(result.metrics)
+        outcome.norms.append(result.outcome.grad_norm)
+    engine.synchronise_parameters()
+    outcome.updates = _gather(engine, {n: p.detach().double() - before[n] for n, p in _parameters(engine).items()})
+    if case.mutate is None:
+        assert engine.shared.find_differing() == [], "copies of shared weights have come apart"
+    return outcome
+
+
+@contextmanager
+def _recording_samples(engine: Engine) -> Iterator[list[np.ndarray]]:
+    """The generator's fills of every microbatch that this rank samples, in order."""
+    recorded: list[np.ndarray] = []
+    for piece in engine.pieces:
+        if run := piece._run.get("mlm_head"):
+            piece._run["mlm_head"] = partial(_run_and_record, run, recorded)
+    try:
+        yield recorded
+    finally:
+        for piece in engine.pieces:
+            run = piece._run.get("mlm_head")
+            if isinstance(run, partial):
+                piece._run["mlm_head"] = run.args[0]
+
+
+def _run_and_record(run: Callable[..., Any], recorded: list[np.ndarray], *arguments: Any) -> Any:
+    running = run(*arguments)
+    recorded.append(running.payload.sampled_ids.numpy())
+    return running
+
+
+def _gather_samples(engine: Engine, samples: list[np.ndarray]) -> np.ndarray | None:
+    """All fills in the order of the global batch, after checking that tensor-parallel ranks drew the same."""
+    everything: list[tuple[int, list[np.ndarray]]] = [(0, [])] * engine.groups.world_size
+    dist.all_gather_object(everything, (engine.groups.dp_rank, samples))
+    by_replica: dict[int, list[np.ndarray]] = {}
+    for dp_rank, arrays in everything:
+        if arrays:
+            known = by_replica.setdefault(dp_rank, arrays)
+            assert all(np.array_equal(a, b) for a, b in zip(known, arrays, strict=True)), "ranks sampled differently"
+    if not by_replica:
+        return None
+    return np.concatenate([by_replica[r][j] for j in range(len(by_replica[0])) for r in sorted(by_replica)])
+
+
+def _build_layout(run: RunConfig, text: str | None) -> StageLayout:
+    chain = build_chain(run.model)
+    pp, vpp = run.parallel.pipeline_model_parallel_size, run.parallel.num_virtual_stages_per_pipeline_rank
+    if text is not None:
+        return parse(text, chain, pp, vpp)
+    bounds = [round(i * len(chain) / (pp * vpp)) for i in range(pp * vpp + 1)]
+    pieces = tuple(chain[start:end] for start, end in pairwise(bounds))
+    return StageLayout(pieces=pieces, pp_size=pp, vpp_size=vpp)
+
+
+def local_microbatches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[Microbatch]:
+    """This rank's share of the step's global batch, which is the same for every layout."""
+    make = tiny.span_batch if case.spans else (lambda n, seed: tiny.metro_batch(n, seed, padded=case.padded))
+    whole, size = make(GLOBAL_BATCH_SIZE, 100 + step), case.micro_batch_size
+    count = GLOBAL_BATCH_SIZE // (size * dp_size)
+    starts = [(j * dp_size + dp_rank) * size for j in range(count)]
+    return [_rows(whole, start, start + size) for start in starts]
+
+
+def _rows(batch: Microbatch, start: int, stop: int) -> Microbatch:
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{name: value[start:stop] for name, value in values.items() if value is not None})
+
+
+def _parameters(engine: Engine) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by name; of a weight shared by several chunks, the first copy."""
+    found: dict[str, torch.nn.Parameter] = {}
+    for piece in engine.pieces:
+        for name, parameter in piece.named_parameters():
+            found.setdefault(name, parameter)
+    return found
+
+
+@torch.no_grad()
+def perturb(engine: Engine, scale: float = 0.05) -> None:
+    """Add N(0, scale) to every weight, as a function of its name alone; padded vocabulary rows stay as they are."""
+    groups = engine.groups
+    for piece in engine.pieces:
+        for name, parameter in piece.named_parameters():
+            dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            shape = list(parameter.shape)
+            if dim is not None:
+                shape[dim] *= groups.tp_size
+            is_vocabulary = name in ("word_embeddings.weight", "lm_head.weight", "mlm_head.output_bias")
+            rows = tiny.VOCAB_SIZE if is_vocabulary else shape[0]
+            noise = np.zeros(shape)
+            noise[:rows] = np.random.default_rng(crc32(name.encode())).normal(0, scale, [rows, *shape[1:]])
+            local = torch.from_numpy(noise)
+            if dim is not None:
+                local = local.chunk(groups.tp_size, dim)[groups.tp_rank]
+            parameter.add_(local.to(parameter.dtype))
+    engine.optimizer.reload_model_params()
+
+
+def _gather(engine: Engine, local: dict[str, torch.Tensor]) -> Arrays:
+    """Whole tensors by name, from the first data-parallel replica of all stages; padded vocabulary rows cut off."""
+    groups = engine.groups
+    parameters = _parameters(engine)
+    mine = {
+        name: (tensor.cpu().numpy(), getattr(parameters[name], "partition_dim", -1)) for name, tensor in local.items()
+    }
+    everything: list[tuple[int, int, int, dict[str, tuple[np.ndarray, int]]]] = [(0, 0, 0, {})] * groups.world_size
+    dist.all_gather_object(everything, (groups.dp_rank, groups.pp_rank, groups.tp_rank, mine))
+    whole: Arrays = {}
+    for dp_rank, pp_rank, tp_rank, tensors in sorted(everything, key=lambda entry: entry[:3]):
+        if dp_rank != 0 or tp_rank != 0:
+            continue
+        for name, (_, dim) in tensors.items():
+            shards = [t[name][0] for d, p, _, t in sorted(everything, key=lambda e: e[:3]) if (d, p) == (0, pp_rank)]
+            joined = np.concatenate(shards, axis=dim) if dim >= 0 else shards[0]
+            if name in ("word_embeddings.weight", "lm_head.weight", "mlm_head.output_bias"):
+                joined = joined[: tiny.VOCAB_SIZE]
+            whole.setdefault(name, joined)
+    return whole
+
+
+def worst_error(found: Arrays, expected: Arrays) -> tuple[float, str]:
+    """The largest error of any tensor and its name (design section 5)."""
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
+    largest = max(float(np.abs(array).max()) for array in expected.values())
+    errors = {
+        name: float(np.abs(found[name] - array).max()) / max(float(np.abs(array).max()), 1e-3 * largest)
+        for name, array in expected.items()
+    }
+    name = max(errors, key=lambda key: errors[key])
+    return errors[name], name
+
+
+def worst_metric_error(found: Sequence[dict[str, float]], expected: Sequence[dict[str, float]]) -> float:
+    """The largest relative difference of any logged number of any step."""
+    return max(
+        abs(a[name] - value) / max(abs(value), 1e-6)
+        for a, b in zip(found, expected, strict=True)
+        for name, value in b.items()
+    )

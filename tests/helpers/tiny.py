@@ -1,0 +1,98 @@
+"""A METRO small enough for hundreds of parity runs, and random global batches for it, as plain functions of a seed."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_metro.batch import Microbatch
+from megatron_metro.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
+
+VOCAB_SIZE = 300  # not a multiple of 128: the last rank holds padded rows
+LENGTH = 16
+NUM_SLOTS = 8
+PAD_ID = 1
+
+
+def tiny_model(**changes: Any) -> ModelConfig:
+    """Two layers per network of width 16 with every METRO part; dropout off."""
+    small = ModelConfig(
+        encoder_num_layers=2,
+        decoder_num_layers=2,
+        generator_num_layers=2,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        vocab_size=VOCAB_SIZE,
+    )
+    return replace(small, **changes)
+
+
+def tiny_run(
+    model: ModelConfig | None = None,
+    parallel: ParallelConfig | None = None,
+    objective: ObjectiveConfig | None = None,
+    **optimizer: Any,
+) -> RunConfig:
+    """A run of the tiny model: constant lr 1e-3 and clipping at 1.0 (design section 5)."""
+    defaults = {"lr": 1e-3, "lr_decay_style": "constant", "lr_warmup_iters": 0, "clip_grad": 1.0}
+    return RunConfig(
+        model=model or tiny_model(),
+        parallel=parallel or ParallelConfig(),
+        objective=objective or ObjectiveConfig(),
+        optimizer=OptimizerConfig(**{**defaults, **optimizer}),
+    )
+
+
+def metro_batch(num_sequences: int, seed: int, *, padded: bool = False) -> Microbatch:
+    """A METRO batch [num_sequences, LENGTH]; with `padded`, blocks end early and carry a padding mask."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(4, VOCAB_SIZE, size=(num_sequences, LENGTH))
+    lengths = rng.integers(LENGTH // 2, LENGTH + 1, size=num_sequences) if padded else np.full(num_sequences, LENGTH)
+    padding = np.arange(LENGTH) >= lengths[:, None]
+    tokens[padding] = PAD_ID
+    slots = np.full((num_sequences, NUM_SLOTS), LENGTH)
+    for row, length in enumerate(lengths):
+        count = rng.integers(1, NUM_SLOTS)
+        slots[row, :count] = np.sort(rng.choice(length, size=count, replace=False))
+    valid = slots < LENGTH
+    ids = np.where(valid, np.take_along_axis(tokens, np.minimum(slots, LENGTH - 1), axis=1), 0)
+    generator_tokens = tokens.copy()
+    rows, columns = np.nonzero(valid)
+    generator_tokens[rows, slots[rows, columns]] = rng.integers(4, VOCAB_SIZE, size=len(rows))
+    start = np.full((num_sequences, 1), 2)
+    arrays = {
+        "encoder_tokens": tokens,
+        "decoder_tokens": np.concatenate([start, tokens[:, :-1]], axis=1),
+        "generator_tokens": generator_tokens,
+        "target_slots": slots,
+        "target_ids": ids,
+        "target_valid": valid,
+        "masked_slots": slots,
+        "masked_ids": ids,
+        "masked_valid": valid,
+        "uniforms": rng.random((num_sequences, NUM_SLOTS)),
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Microbatch(**tensors, encoder_padding=torch.from_numpy(padding) if padded else None)
+
+
+def span_batch(num_sequences: int, seed: int, *, decoder_length: int = 8) -> Microbatch:
+    """A batch without a generator and with unequal lengths: all decoder positions are targets."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(4, VOCAB_SIZE, size=(num_sequences, decoder_length))
+    start = np.full((num_sequences, 1), PAD_ID)
+    every = np.broadcast_to(np.arange(decoder_length), targets.shape).copy()
+    return Microbatch(
+        encoder_tokens=torch.from_numpy(rng.integers(4, VOCAB_SIZE, size=(num_sequences, LENGTH))),
+        decoder_tokens=torch.from_numpy(np.concatenate([start, targets[:, :-1]], axis=1)),
+        target_slots=torch.from_numpy(every),
+        target_ids=torch.from_numpy(targets),
+        target_valid=torch.ones(num_sequences, decoder_length, dtype=torch.bool),
+    )

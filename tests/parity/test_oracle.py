@@ -1,0 +1,89 @@
+"""The model in one process against the plain-PyTorch METRO: losses, sampled tokens, accuracies and every gradient."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from megatron_metro.batch import Microbatch
+from megatron_metro.config.chain import build_chain
+from megatron_metro.config.schema import ModelConfig, ObjectiveConfig
+from megatron_metro.model import piece as piece_module
+from megatron_metro.parallel.layout import StageLayout
+from megatron_metro.training.engine import Engine
+from tests.helpers import tiny
+from tests.helpers.parity import perturb
+from tests.helpers.reference import ReferenceMetro
+
+MODELS: dict[str, dict] = {
+    "token": {},
+    "token_pos_norm": {"generator_embedding_sharing": "token_pos_norm"},
+    "simple_heads": {"rtd_head": "simple", "mlm_head": "linear"},
+    "no_rtd": {"rtd_head": "none"},
+    "per_stack": {"relative_attention": "per_stack", "relative_attention_decoder": True},
+    "no_bias": {"relative_attention": "none"},
+    "unequal": {"encoder_num_layers": 3, "decoder_num_layers": 1, "generator_num_layers": 1, "kv_channels": 8},
+    "untied": {"untie_embeddings_and_output_weights": True},
+}
+
+
+def split(batch: Microbatch, size: int) -> list[Microbatch]:
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    starts = range(0, batch.encoder_tokens.shape[0], size)
+    return [replace(batch, **{k: v[i : i + size] for k, v in values.items() if v is not None}) for i in starts]
+
+
+def make_engine(groups, model: ModelConfig, objective: ObjectiveConfig) -> Engine:
+    run = tiny.tiny_run(model, objective=objective)
+    layout = StageLayout(pieces=(build_chain(model),), pp_size=1, vpp_size=1)
+    engine = Engine(run, layout, groups, torch.float64, pad_id=tiny.PAD_ID)
+    perturb(engine)
+    return engine
+
+
+def check(engine: Engine, microbatches: list[Microbatch], objective: ObjectiveConfig) -> None:
+    log = engine.accumulate_gradients(microbatches)
+    parameters = dict(engine.pieces[0].named_parameters())
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+    expected = ReferenceMetro(leaves, engine.run.model, pad_id=tiny.PAD_ID).run(microbatches, objective)
+    expected.total.backward()
+    for name, value in expected.log.items():
+        assert log[name] == pytest.approx(value, rel=1e-11, abs=1e-11), name
+    floor = 1e-3 * max(float(leaf.grad.abs().max()) for leaf in leaves.values())
+    for name, leaf in leaves.items():
+        gradient = parameters[name].main_grad.double()
+        error = float((gradient - leaf.grad).abs().max()) / max(float(leaf.grad.abs().max()), floor)
+        assert error <= 1e-10, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_equal_the_oracle(groups, name, padded):
+    objective = ObjectiveConfig(weighted_lm_loss=name == "simple_heads")
+    engine = make_engine(groups, tiny.tiny_model(**MODELS[name]), objective)
+    check(engine, split(tiny.metro_batch(6, seed=21, padded=padded), 2), objective)
+
+
+def test_the_main_model_alone_on_span_batches(groups):
+    engine = make_engine(groups, tiny.tiny_model(generator_num_layers=0), ObjectiveConfig(objective="t5-span"))
+    check(engine, split(tiny.span_batch(4, seed=22), 2), ObjectiveConfig(objective="t5-span"))
+
+
+def test_sampled_tokens_equal_the_oracle(groups, monkeypatch):
+    engine = make_engine(groups, tiny.tiny_model(), ObjectiveConfig())
+    microbatches = split(tiny.metro_batch(8, seed=23, padded=True), 2)
+    fills: list[torch.Tensor] = []
+    fill_slots = piece_module.fill_slots
+
+    def record(tokens, slots, ids):
+        corrupted = fill_slots(tokens, slots, ids)
+        fills.append(corrupted)
+        return corrupted
+
+    monkeypatch.setattr(piece_module, "fill_slots", record)
+    engine.accumulate_gradients(microbatches)
+    weights = {name: p.detach() for name, p in engine.pieces[0].named_parameters()}
+    expected = ReferenceMetro(weights, engine.run.model, pad_id=tiny.PAD_ID).run(microbatches)
+    for i, corrupted in enumerate(expected.corrupted):
+        assert torch.equal(fills[2 * i], corrupted)  # the sampling unit and the RTD head each rebuild it
+        assert not torch.equal(corrupted, microbatches[i].encoder_tokens)

@@ -1,0 +1,67 @@
+"""The cost model against models that are really built: parameters of every piece, names of shared weights, FLOPs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_metro.analysis.cost import CAUSAL_SHARE, count_parameters, forward_flops
+from megatron_metro.config.chain import build_chain
+from megatron_metro.config.lengths import static_lengths
+from megatron_metro.config.presets import metro_tiny
+from megatron_metro.parallel.layout import balance, shared_weights, single_piece
+
+RUN = metro_tiny()
+RUN = replace(RUN, model=replace(RUN.model, vocab_size=640))
+VARIANTS = {
+    "base": {},
+    "base++": {"generator_embedding_sharing": "token_pos_norm"},
+    "simple heads": {"rtd_head": "simple", "mlm_head": "linear"},
+    "own head matrix": {"untie_embeddings_and_output_weights": True},
+    "narrow heads": {"kv_channels": 8},
+    "pre-norm generator": {"norm_placement": "pre", "relative_attention": "per_stack"},
+    "t5": {
+        "generator_num_layers": 0, "position_embedding_type": "none", "norm_placement": "pre",
+        "normalization": "RMSNorm", "relative_attention": "per_stack", "relative_attention_decoder": True,
+        "relative_attention_bucket": "t5", "add_bias_linear": False, "activation": "gated-gelu",
+    },
+}  # fmt: skip
+
+
+def _build(model, layout, groups, pp_rank=0):
+    from megatron_metro.model.build import build_pieces
+
+    place = replace(groups, pp_rank=pp_rank, pp_size=layout.pp_size)
+    return build_pieces(replace(RUN, model=model), layout, place, torch.float32, 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_of_every_piece_and_holders_of_shared_weights(variant, groups):
+    model = replace(RUN.model, **VARIANTS[variant])
+    chain = build_chain(model)
+    for layout in (single_piece(chain), balance(chain, [1.0] * len(chain), [0.0] * len(chain), 2, 2)):
+        holders = shared_weights(layout, model)
+        for index, units in enumerate(layout.pieces):
+            pp_rank, chunk = layout.place(index)
+            weights = dict(_build(model, layout, groups, pp_rank)[chunk].named_parameters())
+            assert sum(weight.numel() for weight in weights.values()) == count_parameters(units, model)
+            assert {name for name in holders if name in weights} == {n for n, held in holders.items() if index in held}
+
+
+def test_forward_flops_are_those_of_the_matrix_products(groups):
+    from megatron_metro.training.benchmark import draw_microbatch
+    from megatron_metro.training.engine import Engine
+
+    chain, lengths = build_chain(RUN.model), static_lengths(RUN)
+    engine = Engine(RUN, single_piece(chain), groups, torch.float32, 1)
+    microbatch = draw_microbatch(RUN)
+    with FlopCounterMode(display=False) as counter:
+        engine.evaluate(iter([[microbatch]]))
+    expected = sum(forward_flops(unit, RUN.model, lengths) for unit in chain)
+    # The decoder's two attentions run fused, which torch counts or not from version to version.
+    products = counter.get_flop_counts()["Global"]
+    counted = sum(flops for operator, flops in products.items() if "attention" not in str(operator))
+    h, s, t = RUN.model.hidden_size, lengths.encoder, lengths.decoder
+    expected -= RUN.model.decoder_num_layers * (4 * CAUSAL_SHARE * t**2 * h + 4 * s * t * h)
+    assert counted == expected * RUN.training.micro_batch_size

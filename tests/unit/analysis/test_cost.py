@@ -1,0 +1,128 @@
+"""The cost model against the published counts and the tables of the reference."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from megatron_metro.analysis.cost import (
+    MessageFormat,
+    count_parameters,
+    forward_flops,
+    main_model,
+    training_flops,
+    unit_costs,
+)
+from megatron_metro.config.chain import Unit, build_chain
+from megatron_metro.config.lengths import Lengths
+from megatron_metro.config.presets import PRESETS
+from megatron_metro.config.schema import ModelConfig
+from megatron_metro.parallel.layout import balance
+
+BASE, BASE_PLUS, LARGE_PLUS, XL = (
+    PRESETS[name]().model for name in ("metro-base", "metro-base++", "metro-large++", "metro-xl")
+)
+SMALL = replace(
+    BASE, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=4, encoder_num_layers=4, decoder_num_layers=4,
+    generator_num_layers=2,
+)  # fmt: skip
+
+
+def metro(s: int) -> Lengths:
+    return Lengths(encoder=s, decoder=s, masked=0.15 * s, targets=0.15 * s)
+
+
+def t5(s: int, t: int) -> Lengths:
+    return Lengths(encoder=s, decoder=t, masked=0, targets=t)
+
+
+@pytest.mark.parametrize(
+    ("model", "main", "total"),
+    [
+        (replace(BASE, rtd_head="simple"), 225_618_432, 255_387_137),
+        (BASE, 225_618_432, 255_979_265),
+        (BASE_PLUS, 249_604_608, 279_207_169),
+        (LARGE_PLUS, 773_644_288, 852_455_425),
+    ],
+)
+def test_parameter_counts_of_the_reference(model, main, total):
+    alone = main_model(model)
+    assert count_parameters(build_chain(alone), alone) == main
+    assert count_parameters(build_chain(model), model) == total
+
+
+def test_parameters_per_layer():
+    assert count_parameters([Unit("encoder_layer", 0)], BASE) == 7_088_256
+    assert count_parameters([Unit("decoder_layer", 0)], BASE) == 9_451_776
+    assert count_parameters([Unit("encoder_layer", 0)], LARGE_PLUS) == 12_598_272
+    assert count_parameters([Unit("decoder_layer", 0)], LARGE_PLUS) == 16_796_672
+
+
+def test_parameters_of_t5_v1_1():
+    """transformers' google/t5-v1_1-small has 76,961,152 parameters (untied head, gated GELU, d_kv x heads != h)."""
+    model = ModelConfig(
+        encoder_num_layers=8, decoder_num_layers=8, generator_num_layers=0, hidden_size=512, ffn_hidden_size=1024,
+        num_attention_heads=6, kv_channels=64, position_embedding_type="none", relative_attention="per_stack",
+        relative_attention_decoder=True, norm_placement="pre", normalization="RMSNorm", activation="gated-gelu",
+        add_bias_linear=False, untie_embeddings_and_output_weights=True, vocab_size=32_128,
+    )  # fmt: skip
+    assert count_parameters(build_chain(model), model) == 76_961_152
+
+
+@pytest.mark.parametrize(
+    ("model", "vocabulary", "full", "minimal"),
+    [(BASE, 32_768, 0.803, 0.764), (BASE, 64_000, 0.825, 0.786), (LARGE_PLUS, 32_768, 2.644, 2.577),
+     (LARGE_PLUS, 64_000, 2.673, 2.606)],
+)  # fmt: skip
+def test_tera_flops_per_sequence(model, vocabulary, full, minimal):
+    model = replace(model, vocab_size=vocabulary)
+    assert round(training_flops(model, metro(512)) / 1e12, 3) == full
+    assert round(training_flops(model, metro(512), minimal=True) / 1e12, 3) == minimal
+
+
+def test_tera_flops_of_other_rows_of_the_table():
+    model = replace(BASE, vocab_size=32_768)
+    every_position = Lengths(encoder=512, decoder=512, masked=512, targets=512)
+    assert round(training_flops(model, every_position) / 1e12, 3) == 0.936
+    last_layer = Unit("decoder_layer", 11)
+    saved = forward_flops(last_layer, model, metro(512)) - forward_flops(last_layer, model, metro(512), minimal=True)
+    assert round((training_flops(model, metro(512)) - 3 * saved) / 1e12, 3) == 0.782
+    alone = main_model(model)
+    assert round(training_flops(alone, t5(461, 103)) / 1e12, 3) == 0.380
+    assert round(training_flops(alone, t5(512, 114)) / 1e12, 3) == 0.426
+    assert round(training_flops(replace(XL, vocab_size=64_512), metro(512), minimal=True) / 1e12, 1) == 10.2
+
+
+def test_giga_flops_of_the_benchmark():
+    assert round(training_flops(SMALL, metro(256), minimal=True) / 1e9, 2) == 17.84
+    assert round(training_flops(main_model(SMALL), t5(231, 52), minimal=True) / 1e9, 2) == 9.71
+
+
+def test_minimal_equals_full_where_every_position_is_a_slot():
+    lengths = Lengths(encoder=64, decoder=32, masked=64, targets=32)
+    assert training_flops(SMALL, lengths, minimal=True) == training_flops(SMALL, lengths)
+
+
+def test_messages_are_rows_times_width():
+    lengths = Lengths(encoder=512, decoder=512, masked=77, targets=77)
+    message = MessageFormat(micro_batch_size=4, element_size=2, sequence_shards=2)
+    sent = {str(cost.unit): cost.bytes_sent for cost in unit_costs(BASE, lengths, message)}
+    row = 4 * 768 * 2
+    assert sent["generator_layer 0"] == 256 * row
+    assert sent["mlm_head"] == 257 * row
+    assert sent["decoder_layer 3"] == (256 + 256 + 1) * row
+    assert sent["lm_head"] == 0
+
+
+@pytest.mark.parametrize(("model", "pp_size", "vpp_size", "limit"), [(LARGE_PLUS, 4, 2, 1.06), (XL, 8, 1, 1.04)])
+def test_balance_of_the_presets(model, pp_size, vpp_size, limit):
+    costs = unit_costs(model, Lengths(encoder=512, decoder=512, masked=80, targets=80))
+    flops = [cost.forward_flops for cost in costs]
+    layout = balance(build_chain(model), flops, [cost.bytes_sent for cost in costs], pp_size, vpp_size)
+    ends = [0]
+    for piece in layout.pieces:
+        ends.append(ends[-1] + len(piece))
+    loads = [sum(flops[start:end]) for start, end in pairwise(ends)]
+    ratio = max(loads) / (sum(loads) / len(loads))
+    print(f"largest/mean {ratio:.4f}: {layout.format()}")
+    assert ratio <= limit

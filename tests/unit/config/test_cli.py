@@ -1,0 +1,198 @@
+"""Flags: what they set, which of flag, file and preset wins, what --help teaches, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from megatron_metro.config.cli import format_config, parse_run, read_run
+from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.fields import list_settings, read_value
+from megatron_metro.config.presets import PRESETS
+from megatron_metro.config.schema import RunConfig
+
+
+def test_no_flags_are_the_defaults():
+    assert read_run([]) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "name", "value"),
+    [
+        ("--hidden-size 64", "model", "hidden_size", 64),
+        ("--hidden-size=64", "model", "hidden_size", 64),
+        ("--lr 4e-4", "optimizer", "lr", 4e-4),
+        ("--lr 1", "optimizer", "lr", 1.0),
+        ("--bf16", "optimizer", "bf16", True),
+        ("--disable-bias-linear", "model", "add_bias_linear", False),
+        ("--no-add-bias-linear", "model", "add_bias_linear", False),
+        ("--no-log-throughput", "logging", "log_throughput", False),
+        ("--no-save-optim", "checkpoint", "no_save_optim", True),
+        ("--save-optim", "checkpoint", "no_save_optim", False),
+        ("--data-path 30 a 70 b", "data", "data_path", ("30", "a", "70", "b")),
+        ("--rampup-batch-size 8 8 1000", "training", "rampup_batch_size", (8, 8, 1000)),
+        ("--recompute-granularity full", "parallel", "recompute_granularity", "full"),
+        ("--relative-attention none", "model", "relative_attention", "none"),
+        ("--kv-channels 32", "model", "kv_channels", 32),
+        ("--save ünïcode/päth", "checkpoint", "save", "ünïcode/päth"),
+    ],
+)
+def test_a_flag_sets_its_field(words, section, name, value):
+    found = getattr(getattr(read_run(words.split()), section), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("name", list_settings())
+def test_every_setting_can_be_given_by_its_flag(name):
+    setting = list_settings()[name]
+    if setting.kind is bool:
+        assert read_value(read_run([setting.flag]), setting) is True
+        assert all(read_value(read_run([flag]), setting) is False for flag in setting.negatives)
+        return
+    lowest = max(setting.metadata.get("minimum", 0), setting.metadata.get("above", 0))
+    value = (
+        setting.choices[-1] if setting.choices else {int: lowest + 1, float: lowest + 0.5, str: "text"}[setting.kind]
+    )
+    values = (value,) * (setting.length or 1)
+    for flag in setting.flags:
+        found = read_value(read_run([flag, *map(str, values)]), setting)
+        assert found == (values if setting.is_list else value)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 5e-4\nmodel:\n  hidden_size: 128\n")
+    run = read_run(["--preset", "metro-tiny", "--config", str(file), "--lr", "7e-4"])
+    assert (run.optimizer.lr, run.model.hidden_size, run.model.ffn_hidden_size) == (7e-4, 128, 256)
+
+
+def test_none_unsets_what_a_preset_set():
+    run = read_run(["--preset", "metro-base", "--vocab-size", "none", "--train-iters", "none", "--no-bf16"])
+    assert (run.model.vocab_size, run.training.train_iters) == (None, None)
+
+
+def test_the_preset_may_stand_in_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: metro-tiny\n")
+    assert read_run(["--config", str(file)]) == PRESETS["metro-tiny"]()
+    assert read_run(["--config", str(file), "--preset", "metro-xl"]) == PRESETS["metro-xl"]()
+
+
+def test_parse_run_resolves_and_validates():
+    run = parse_run(["--preset", "metro-tiny", "--tokenizer-model", "a.model", "--global-batch-size", "none"], 2)
+    assert run.training.global_batch_size == 8
+    assert (run.data.decoder_seq_length, run.tokenizer.tokenizer_type) == (128, "SentencePieceTokenizer")
+
+
+BAD_WORDS = [  # words, parts of the message
+    ("--hiden-size 64", ["--hiden-size", "nearest is --hidden-size"]),
+    ("--hidden 64", ["--hidden", "nearest is --hidden-"]),
+    ("--tensor-model-parallel 2", ["--tensor-model-parallel-size"]),
+    ("-lr 1", ["'-lr'", "--lr"]),
+    ("--LR 1", ["--LR", "nearest"]),
+    ("--hidden_size 64", ["--hidden_size", "nearest is --hidden-size"]),
+    ("64", ["'64'", "flags start with --"]),
+    ("--bf16 64", ["'64'", "flags start with --"]),
+    ("--lr", ["--lr", "expected one argument"]),
+    ("--lr 1 2", ["'2'"]),
+    ("--lr 1 --lr 2", ["--lr", "already set", "once"]),
+    ("--seq-length 8 --encoder-seq-length 8", ["--encoder-seq-length", "already set by --seq-length"]),
+    ("--bf16 --no-bf16", ["--no-bf16", "already set by --bf16"]),
+    ("--num-layers 2 --num-layers 2", ["--num-layers", "once"]),
+    ("--recompute-activations --recompute-granularity full", ["--recompute-granularity", "--recompute-activations"]),
+    ("--preset metro-tiny --preset metro-xl", ["--preset", "once"]),
+    ("--preset metro", ["--preset", "'metro'", "metro-large++"]),
+    ("--config missing.yaml", ["--config missing.yaml", "cannot be read"]),
+    ("--config /", ["--config /", "cannot be read"]),
+    ("--train-iters 1e3", ["--train-iters", "'1e3'", "write 1000"]),
+    ("--train-iters 1.5", ["--train-iters", "'1.5'", "digits"]),
+    ("--train-iters 10_000", ["--train-iters", "'10_000'"]),
+    ("--train-iters 0x10", ["--train-iters", "'0x10'"]),
+    ("--train-iters 0", ["--train-iters", "0", "at least 1"]),
+    ("--train-iters -5", ["--train-iters", "-5", "at least 1"]),
+    ("--train-iters 99999999999999999999", ["--train-iters", "10^18"]),
+    ("--train-iters ١٢", ["--train-iters", "whole number"]),
+    ("--train-iters nan", ["--train-iters", "'nan'"]),
+    ("--lr nan", ["--lr", "'nan'", "finite"]),
+    ("--lr inf", ["--lr", "'inf'", "finite"]),
+    ("--lr 1e999", ["--lr", "'1e999'", "finite"]),
+    ("--lr 0", ["--lr", "more than 0"]),
+    ("--lr 1_0", ["--lr", "'1_0'"]),
+    ("--lr fast", ["--lr", "'fast'"]),
+    ("--lr none", ["--lr", "'none'"]),
+    ("--weight-decay -0.1", ["--weight-decay", "-0.1", "at least 0"]),
+    ("--hidden-dropout 1.0", ["--hidden-dropout", "1.0", "less than 1"]),
+    ("--mask-prob 1", ["--mask-prob", "less than 1"]),
+    ("--mask-token-prob 1.5", ["--mask-token-prob", "at most 1"]),
+    ("--adam-beta2 1.0", ["--adam-beta2", "less than 1"]),
+    ("--seed -1", ["--seed", "at least 0"]),
+    ("--encoder-num-layers 0", ["--encoder-num-layers", "at least 1"]),
+    ("--encoder-num-layers 1000000000", ["--encoder-num-layers", "at most 10000"]),
+    ("--activation swish", ["--activation", "'swish'", "relu, gelu, gated-gelu"]),
+    ("--lr-decay-style WSD", ["--lr-decay-style", "'WSD'", "linear"]),
+    ("--rampup-batch-size 8 8", ["--rampup-batch-size", "expected 3"]),
+    ("--rampup-batch-size 8 8 x", ["--rampup-batch-size", "'x'"]),
+    ("--data-path", ["--data-path", "expected at least one"]),
+    ("--bf16=true", ["--bf16", "'true'"]),
+    ("--swiglu", ["--swiglu", "--activation gated-gelu"]),
+    ("--context-parallel-size 2", ["--context-parallel-size", "'2'", "give 1"]),
+]
+
+
+@pytest.mark.parametrize(("words", "parts"), BAD_WORDS, ids=[words for words, _ in BAD_WORDS])
+def test_bad_words_are_refused_in_one_line(words, parts):
+    with pytest.raises(ConfigError) as refusal:
+        parse_run(words.split(), 1)
+    message = str(refusal.value)
+    assert len(message.splitlines()) == 1
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("value", ["", "  ", "a\nb", "\x1b[31m", "a\x00b", "\udcff"])
+def test_text_that_is_empty_or_cannot_be_printed_is_refused(value):
+    with pytest.raises(ConfigError, match=r"^--save: ") as refusal:
+        read_run(["--save", value])
+    assert str(refusal.value).isprintable()
+
+
+def test_a_long_value_is_shortened():
+    with pytest.raises(ConfigError) as refusal:
+        read_run(["--seed", "x" * 1_000_000])
+    assert len(str(refusal.value)) < 200
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_run(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section in dataclasses.fields(RunConfig):
+        assert f"{section.name}: " in text
+        assert " ".join(type(section.default).__doc__.split()) in text
+    for setting in list_settings().values():
+        assert all(spelling in text for spelling in (*setting.flags, *setting.negatives))
+        assert " ".join(setting.metadata["help"].split()[:3]) in text
+    for preset in PRESETS:
+        assert preset in text
+    assert "(default: 0.0004)" in text
+    assert "{constant,linear,cosine,inverse-square-root}" in text
+    assert "--swiglu" not in text
+
+
+def test_every_setting_has_help_and_a_sensible_default():
+    for setting in list_settings().values():
+        assert setting.metadata["help"]
+        assert setting.metadata.keys() <= {
+            *("help", "alias", "nargs", "negative", "minimum", "maximum", "above", "below"),
+        }
+        assert setting.is_list == ("nargs" in setting.metadata)
+
+
+def test_the_dump_is_dotted_sorted_and_complete():
+    lines = format_config(PRESETS["metro-tiny"]()).splitlines()
+    assert lines[0].strip("-") == " arguments "
+    assert lines[-1].strip("-") == " end of arguments "
+    names = [line.split()[0] for line in lines[1:-1]]
+    assert names == sorted(names, key=str.lower)
+    assert set(names) == set(list_settings())
+    assert "  hidden_size " + "." * 37 + " 64" in lines

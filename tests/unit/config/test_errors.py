@@ -1,0 +1,42 @@
+"""Errors end a tool with one line and their exit code; configuration loads no framework."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_metro.config.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MetroError,
+    StorageError,
+    UnsafeError,
+    exit_on_error,
+)
+
+EXIT_CODES = {ConfigError: 64, DataError: 65, CheckpointError: 66, StorageError: 74, UnsafeError: 77, MetroError: 70}
+
+
+@pytest.mark.parametrize("error", EXIT_CODES)
+def test_an_error_becomes_one_line_and_an_exit_code(error, capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_error():
+        raise error("first\nsecond")
+    assert stop.value.code == EXIT_CODES[error]
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_other_errors_pass():
+    with pytest.raises(KeyError), exit_on_error():
+        raise KeyError("x")
+
+
+def test_no_framework_is_loaded():
+    code = (
+        "import pkgutil, sys, importlib, megatron_metro.config as config\n"
+        "for module in pkgutil.iter_modules(config.__path__, 'megatron_metro.config.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "print(sorted({'torch', 'numpy', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"

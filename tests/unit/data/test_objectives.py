@@ -1,0 +1,272 @@
+"""METRO batches and T5 spans: statistics of 10,000 blocks, reconstruction, and rows that stand alone."""
+
+import hashlib
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_metro.batch import Microbatch
+from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.schema import DataConfig, ObjectiveConfig
+from megatron_metro.config.spans import span_lengths
+from megatron_metro.data.blocks import Blocks
+from megatron_metro.data.metro_objective import MetroObjective
+from megatron_metro.data.objectives import build_objective
+from megatron_metro.data.randomness import BlockKeys
+from megatron_metro.data.span_objective import build_span_objective
+from megatron_metro.tokenizer import Vocabulary
+
+VOCABULARY = Vocabulary(num_pieces=1000, num_sentinels=100)
+SENTINEL = VOCABULARY.sentinel_ids[0]
+
+
+def make_blocks(num_blocks: int, length: int, lengths: list[int] | None = None, seed: int = 3) -> Blocks:
+    generator = np.random.Generator(np.random.PCG64(seed))
+    tokens = generator.integers(5, 1000, (num_blocks, length))
+    tokens[:, 0] = VOCABULARY.bos_id
+    used = np.full(num_blocks, length) if lengths is None else np.array(lengths)
+    tokens[np.arange(length) >= used[:, None]] = VOCABULARY.pad_id
+    keys = BlockKeys(
+        seed=seed,
+        identity=np.full(num_blocks, 5, np.uint64),
+        epoch=np.zeros(num_blocks, np.int64),
+        block=np.arange(num_blocks),
+    )
+    return Blocks(tokens=tokens, lengths=used, keys=keys)
+
+
+def assert_equal(first: Microbatch, second: Microbatch) -> None:
+    for field in fields(Microbatch):
+        values = getattr(first, field.name), getattr(second, field.name)
+        assert (values[0] is None and values[1] is None) or torch.equal(*values), field.name
+
+
+@pytest.fixture(scope="module")
+def metro_batch() -> tuple[Blocks, Microbatch]:
+    blocks = make_blocks(10_000, 512)
+    return blocks, MetroObjective(vocabulary=VOCABULARY, sequence_length=512).make_batch(blocks)
+
+
+def test_metro_counts_are_76_or_77_of_512(metro_batch):
+    counts = metro_batch[1].masked_valid.sum(dim=1)
+    assert set(counts.tolist()) == {76, 77}
+    # 0.15 x 512 = 76.8, so four of five blocks have 77.
+    assert abs((counts == 77).double().mean().item() - 0.8) < 5 * np.sqrt(0.16 / 10_000)
+
+
+def test_metro_replacement_shares(metro_batch):
+    """Reference section 3.2, up to a random id that happens to be the original: 80 / 10 / 10."""
+    _, batch = metro_batch
+    valid = batch.masked_valid
+    seen = batch.generator_tokens.gather(1, batch.masked_slots.clamp(max=511))[valid]
+    original = batch.masked_ids[valid]
+    total = len(seen)
+    same_by_chance = 0.1 / (VOCABULARY.vocab_size - 4)
+    for found, share in (
+        ((seen == SENTINEL) & (original != SENTINEL), 0.8 + same_by_chance),
+        (seen == original, 0.1 + same_by_chance),
+        ((seen != SENTINEL) & (seen != original), 0.1 - 2 * same_by_chance),
+    ):
+        assert abs(found.double().mean().item() - share) < 5 * np.sqrt(share * (1 - share) / total)
+
+
+def test_metro_random_ids_are_uniform_from_4(metro_batch):
+    _, batch = metro_batch
+    valid = batch.masked_valid
+    seen = batch.generator_tokens.gather(1, batch.masked_slots.clamp(max=511))[valid]
+    random = seen[(seen != batch.masked_ids[valid]) & (seen != SENTINEL)]
+    assert random.min() == 4
+    assert random.max() == VOCABULARY.vocab_size - 1
+    counts = torch.bincount(random, minlength=VOCABULARY.vocab_size)[4:].double()
+    counts = counts[torch.arange(4, VOCABULARY.vocab_size) != SENTINEL]
+    chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum().item()
+    freedom = len(counts) - 1
+    assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+def test_metro_positions_are_uniform_and_include_bos(metro_batch):
+    _, batch = metro_batch
+    counts = torch.bincount(batch.masked_slots[batch.masked_valid], minlength=512).double()
+    chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum().item()
+    assert chi_square < 511 + 5 * np.sqrt(2 * 511)
+
+
+def test_metro_tensors(metro_batch):
+    blocks, batch = metro_batch
+    tokens = torch.from_numpy(blocks.tokens)
+    assert torch.equal(batch.encoder_tokens, tokens)
+    assert (batch.decoder_tokens[:, 0] == SENTINEL).all()
+    assert torch.equal(batch.decoder_tokens[:, 1:], tokens[:, :-1])
+    assert batch.masked_slots.shape == (10_000, 80)
+    assert (batch.masked_slots[~batch.masked_valid] == 512).all()
+    assert (batch.uniforms[~batch.masked_valid] == 0).all()
+    assert batch.uniforms.dtype == torch.float64
+    assert (batch.masked_slots.diff(dim=1)[batch.masked_valid[:, 1:]] > 0).all()
+    assert torch.equal(
+        batch.masked_ids[batch.masked_valid], tokens.gather(1, batch.masked_slots.clamp(max=511))[batch.masked_valid]
+    )
+    untouched = torch.ones(10_000, 513, dtype=torch.bool).scatter_(1, batch.masked_slots, False)[:, :512]
+    assert torch.equal(batch.generator_tokens[untouched], tokens[untouched])
+    for name in ("slots", "ids", "valid"):
+        assert torch.equal(getattr(batch, f"masked_{name}"), getattr(batch, f"target_{name}"))
+    assert batch.encoder_padding is None
+
+
+def test_metro_uniforms_belong_to_positions():
+    """Another masking rate keeps the uniform of each position that is masked under both."""
+    blocks = make_blocks(8, 64)
+    low, high = (
+        MetroObjective(vocabulary=VOCABULARY, sequence_length=64, mask_prob=p).make_batch(blocks) for p in (0.2, 0.5)
+    )
+    for row in range(8):
+        found = {
+            slot.item(): uniform.item()
+            for slot, uniform, valid in zip(high.masked_slots[row], high.uniforms[row], high.masked_valid[row])
+            if valid
+        }
+        for slot, uniform, valid in zip(low.masked_slots[row], low.uniforms[row], low.masked_valid[row]):
+            if valid:
+                assert found[slot.item()] == uniform.item()
+
+
+@given(
+    length=st.integers(1, 90),
+    mask_prob=st.floats(0.01, 0.99),
+    mask_special=st.booleans(),
+    is_padded=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_metro_rows_stand_alone(length, mask_prob, mask_special, is_padded, data):
+    lengths = data.draw(st.lists(st.integers(1, length), min_size=5, max_size=5)) if is_padded else None
+    blocks = make_blocks(5, length, lengths)
+    objective = MetroObjective(
+        vocabulary=VOCABULARY,
+        sequence_length=length,
+        mask_prob=mask_prob,
+        mask_special_tokens=mask_special,
+        is_padded=is_padded,
+    )
+    batch = objective.make_batch(blocks)
+    assert batch.shape == objective.shape(5)
+    alone = objective.make_batch(blocks.rows(3, 4))
+    for field in fields(Microbatch):
+        value = getattr(batch, field.name)
+        assert value is None or torch.equal(value[3:4], getattr(alone, field.name)), field.name
+    slots = batch.masked_slots[batch.masked_valid]
+    row_lengths = torch.from_numpy(blocks.lengths).repeat_interleave(batch.masked_valid.sum(dim=1))
+    assert (slots < row_lengths).all()
+    if not mask_special:
+        assert (batch.masked_ids[batch.masked_valid] != VOCABULARY.bos_id).all()
+    counts = batch.masked_valid.sum(dim=1).numpy()
+    assert (counts <= np.ceil(mask_prob * blocks.lengths + 1e-9)).all()
+    if mask_special:
+        assert (counts >= np.floor(mask_prob * blocks.lengths)).all()
+    if is_padded:
+        assert torch.equal(batch.encoder_padding, batch.encoder_tokens == VOCABULARY.pad_id)
+        assert (batch.decoder_tokens[batch.decoder_padding] == VOCABULARY.pad_id).all()
+
+
+def test_t5_spans_of_10_000_blocks():
+    objective = build_span_objective(span_lengths(512, 0.15, 3.0), 512, VOCABULARY)
+    assert (objective.raw_length, objective.lengths.num_noise_tokens, objective.lengths.num_spans) == (568, 85, 28)
+    blocks = make_blocks(10_000, 568)
+    batch = objective.make_batch(blocks)
+    assert batch.shape == objective.shape(10_000)
+    assert batch.encoder_tokens.shape == (10_000, 512)
+    assert batch.decoder_tokens.shape == (10_000, 114)
+    in_encoder = batch.encoder_tokens >= VOCABULARY.num_pieces
+    in_target = batch.target_ids >= VOCABULARY.num_pieces
+    expected = torch.arange(SENTINEL + 1, SENTINEL + 29).repeat(10_000)
+    for tokens, found in ((batch.encoder_tokens, in_encoder), (batch.target_ids, in_target)):
+        assert (found.sum(dim=1) == 28).all()
+        assert torch.equal(tokens[found], expected)
+        assert (tokens[:, -1] == VOCABULARY.eos_id).all()
+        assert ((tokens == VOCABULARY.eos_id).sum(dim=1) == 1).all()
+    assert ((~in_target).sum(dim=1) == 86).all()
+    assert (batch.decoder_tokens[:, 0] == SENTINEL).all()
+    assert torch.equal(batch.decoder_tokens[:, 1:], batch.target_ids[:, :-1])
+    starts = span_starts(batch)
+    counts = np.bincount(starts, minlength=568)[1:]
+    inner = counts[20:-20]  # the first token is never noise and the last always is, which shows near both ends
+    chi_square = ((inner - inner.mean()) ** 2 / inner.mean()).sum()
+    assert chi_square < len(inner) + 4 * np.sqrt(2 * len(inner))
+
+
+def span_starts(batch: Microbatch) -> np.ndarray:
+    """Positions in the raw text of all span starts, found from the two sides alone."""
+    rows, columns = np.nonzero(batch.encoder_tokens.numpy() >= VOCABULARY.num_pieces)
+    target_columns = np.nonzero(batch.target_ids.numpy() >= VOCABULARY.num_pieces)[1]
+    # The i-th sentinel stands after i sentinels on both sides, and noise left of it is missing in the encoder.
+    index = np.arange(len(rows)) % 28
+    return (columns - index) + (target_columns - index)
+
+
+@given(
+    encoder_length=st.integers(8, 120),
+    mask_prob=st.floats(0.05, 0.5),
+    mean_span=st.floats(1.0, 6.0),
+)
+@settings(max_examples=80, deadline=None)
+def test_t5_sides_reconstruct_the_text(encoder_length, mask_prob, mean_span):
+    lengths = span_lengths(encoder_length, mask_prob, mean_span)
+    if lengths.num_spans > lengths.raw_length - lengths.num_noise_tokens:
+        with pytest.raises(ConfigError, match="--mean-noise-span-length"):
+            build_span_objective(lengths, encoder_length, VOCABULARY)
+        return
+    blocks = make_blocks(3, lengths.raw_length)
+    batch = build_span_objective(lengths, encoder_length, VOCABULARY).make_batch(blocks)
+    for row in range(3):
+        spans: dict[int, list[int]] = {}
+        sentinel = -1
+        for token in batch.target_ids[row, :-1].tolist():
+            if token >= VOCABULARY.num_pieces:
+                sentinel, spans[token] = token, []
+            else:
+                spans[sentinel].append(token)
+        assert all(spans.values())
+        text = []
+        for token in batch.encoder_tokens[row, :-1].tolist():
+            text += spans.pop(token) if token >= VOCABULARY.num_pieces else [token]
+        assert not spans
+        assert text == blocks.tokens[row].tolist()
+
+
+def test_objectives_refuse_by_flag():
+    few = Vocabulary(num_pieces=1000, num_sentinels=28)
+    cases = [
+        (few, ObjectiveConfig(objective="t5-span"), DataConfig(), "--vocab-extra-ids is 28"),
+        (VOCABULARY, ObjectiveConfig(), DataConfig(decoder_seq_length=100), "--decoder-seq-length is 100"),
+        (VOCABULARY, ObjectiveConfig(objective="t5-span"), DataConfig(block_mode="complete_doc"), "--block-mode"),
+    ]
+    for vocabulary, objective, data, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            build_objective(objective, data, vocabulary)
+
+
+def test_golden_batches():
+    """Bytes that must never change: a run that is resumed after an upgrade sees the same batches."""
+    metro = MetroObjective(vocabulary=VOCABULARY, sequence_length=64).make_batch(make_golden_blocks(64))
+    spans = build_span_objective(span_lengths(64, 0.15, 3.0), 64, VOCABULARY)
+    assert digest(metro) == "cf63e9b64552e2f1292aeb4809e8fd79529d5cde798d4f62067818709c59390e"
+    assert (
+        digest(spans.make_batch(make_golden_blocks(spans.raw_length)))
+        == "e2194ca06bb22b6c7f74f5c389aa3514c7557a95ef617997ece71396fbaaca2f"
+    )
+
+
+def make_golden_blocks(length: int) -> Blocks:
+    keys = BlockKeys(
+        seed=1234, identity=np.full(4, 5, np.uint64), epoch=np.full(4, 1), block=np.array([0, 1, 2, 2**40])
+    )
+    tokens = (np.arange(4 * length).reshape(4, length) * 7919) % 995 + 5
+    return Blocks(tokens=tokens, lengths=np.full(4, length), keys=keys)
+
+
+def digest(batch: Microbatch) -> str:
+    values = [getattr(batch, field.name) for field in fields(Microbatch)]
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in values if value is not None)).hexdigest()

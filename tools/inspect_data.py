@@ -1,0 +1,48 @@
+"""Show what a run would train on: python tools/inspect_data.py [--num-samples N] [--part valid] [--verify] [flags]
+
+The flags are those of pretrain.py; --data-path, --tokenizer-model and the objective's matter. --verify also reads every
+byte of every data set and compares it with the manifest and the vocabulary.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+
+from megatron_metro.config.cli import read_run
+from megatron_metro.config.errors import DataError, exit_on_error
+from megatron_metro.data.indexed import verify_store
+from megatron_metro.data.inspection import describe_samples
+from megatron_metro.data.loader import build_loaders
+from megatron_metro.tokenizer import load_tokenizer
+
+
+def _parse_own_flags() -> tuple[argparse.Namespace, list[str]]:
+    """This tool's flags and, apart, those that describe the run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-samples", type=int, default=2, help="samples to show")
+    parser.add_argument("--part", choices=("train", "valid"), default="train", help="which documents")
+    parser.add_argument("--verify", action="store_true", help="check every byte first")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    """Open the data of a run and print."""
+    own, argv = _parse_own_flags()
+    with exit_on_error():
+        run = read_run(argv)
+        run = replace(run, data=replace(run.data, num_workers=0))
+        tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
+        train, valid = build_loaders(run, tokenizer, dp_rank=0, dp_size=1)
+        loader = train if own.part == "train" else valid
+        if loader is None:
+            raise DataError(f"--part {own.part} has no documents; see --split and --eval-iters")
+        for source in loader.mixture.sources if own.verify else ():
+            verify_store(source.documents.store.prefix, tokenizer.vocabulary, tokenizer.sha256)
+        for line in (*loader.mixture.describe(), *describe_samples(loader, tokenizer, own.num_samples)):
+            sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
