@@ -10,7 +10,7 @@ from statistics import mean
 import torch
 
 from megatron_metro.config.cli import load_config
-from megatron_metro.config.errors import exit_on_error
+from megatron_metro.config.errors import ConfigError, exit_on_error
 from megatron_metro.config.schema import ParallelConfig, RunConfig
 from megatron_metro.data.loader import build_loaders
 from megatron_metro.device import activate
@@ -27,19 +27,25 @@ SURE_REPLACED = 0.5
 def read_run(folder: Path, num_blocks: int) -> RunConfig:
     """The saved run's configuration, for one process and one microbatch of so many blocks."""
     run = load_config(folder / "config.yaml")
+    if not run.model.has_rtd_head:
+        raise ConfigError(f"{folder} holds a model without generator or RTD head; give the folder of a METRO run")
     return replace(
         run,
         parallel=ParallelConfig(),
         data=replace(run.data, num_workers=0),
-        training=replace(run.training, micro_batch_size=num_blocks, global_batch_size=num_blocks),
-        checkpoint=replace(run.checkpoint, load=str(folder), finetune=True, exit_on_missing_checkpoint=True),
+        training=replace(run.training, micro_batch_size=num_blocks, global_batch_size=num_blocks, eval_iters=1),
+        checkpoint=replace(
+            run.checkpoint, load=str(folder), ckpt_step=None, finetune=True, exit_on_missing_checkpoint=True
+        ),
     )
 
 
 def restore_held_out(run: RunConfig, tokenizer: Tokenizer) -> list[Restoration]:
-    """The first held-out blocks through the saved model."""
+    """The first held-out blocks through the saved model, each once."""
     _, loader = build_loaders(run, tokenizer, dp_rank=0, dp_size=1)
-    assert loader is not None, "the quickstart validates"
+    if loader is None:
+        raise ConfigError(f"{run.checkpoint.load}: the run held out no text; train with --valid-data-path")
+    num_distinct = sum(source.packing.num_blocks for source in loader.mixture.sources)
     [microbatch] = loader.next_step(1)
     device = activate(run.training.device, run.parallel.distributed_backend)
     groups = single_process(device)
@@ -48,7 +54,7 @@ def restore_held_out(run: RunConfig, tokenizer: Tokenizer) -> list[Restoration]:
     load_checkpoint(run, [piece], None, groups)
     blocks = restore_blocks(piece, microbatch.to(device.torch_device))
     groups.destroy()
-    return blocks
+    return blocks[:num_distinct]
 
 
 def format_pieces(tokenizer: Tokenizer, ids: Sequence[int], mark: Callable[[int, str], str]) -> str:
@@ -111,6 +117,28 @@ def format_verdicts(block: Restoration, tokenizer: Tokenizer) -> str:
     return wrap(", ".join(verdicts))
 
 
+def rank_replaced(blocks: Sequence[Restoration]) -> float:
+    """How often a replaced token gets a higher probability than another one: the area under RTD's ROC curve."""
+    is_replaced = torch.tensor([i in block.replaced_slots for block in blocks for i in range(len(block.filled_ids))])
+    probs = torch.tensor([prob for block in blocks for prob in block.replaced_probs], dtype=torch.float64)
+    others = probs[~is_replaced].sort().values
+    # Half of the pairs of equal probability count.
+    below = torch.searchsorted(others, probs[is_replaced], right=False)
+    not_above = torch.searchsorted(others, probs[is_replaced], right=True)
+    return float((below + not_above).double().mean()) / (2 * max(1, len(others)))
+
+
+def format_summary(blocks: Sequence[Restoration]) -> str:
+    """What RTD and the decoder are worth over all blocks."""
+    num_repaired, num_replaced = count_repaired(blocks)
+    share, ranked = 100 * num_repaired / max(1, num_replaced), 100 * rank_replaced(blocks)
+    return (
+        f"in {len(blocks)} held-out blocks\n"
+        f"RTD suspects a replaced token more than another in {ranked:.1f} % of pairs (50 % is chance)\n"
+        f"corrupted positions restored: {num_repaired} of {num_replaced} ({share:.1f} %)"
+    )
+
+
 def main() -> None:
     """Print some blocks, then the share of corrupted positions restored in all."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -124,9 +152,7 @@ def main() -> None:
         blocks = restore_held_out(run, tokenizer)
     for number, block in enumerate(blocks[: options.num_shown], 1):
         print(f"\n-- held-out block {number}\n{format_block(block, tokenizer)}")
-    num_repaired, num_replaced = count_repaired(blocks)
-    share = 100 * num_repaired / max(1, num_replaced)
-    print(f"\ncorrupted positions restored in {len(blocks)} blocks: {num_repaired} of {num_replaced} ({share:.1f} %)")
+    print(f"\n{format_summary(blocks)}")
 
 
 if __name__ == "__main__":

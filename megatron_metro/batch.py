@@ -50,6 +50,6 @@ class Microbatch:
         )
 
     def to(self, device: torch.device) -> "Microbatch":
-        """The same microbatch on another device; copies from pinned memory do not block."""
+        """The same microbatch on another device."""
         present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in present.items()})

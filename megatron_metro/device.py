@@ -21,6 +21,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel import random as core_random
 from torch import Tensor
 
+from megatron_metro.config.errors import ConfigError
+
 DeviceKind = Literal["cuda", "cpu"]
 Backend = Literal["nccl", "gloo"]
 
@@ -86,25 +88,25 @@ class Device:
 def activate(kind: Literal["auto", "cuda", "cpu"], backend: Backend | None = None) -> Device:
     """Choose this process's device, make it current, and on the CPU install the adapter (once, however often called).
 
-    Raises ValueError where the device or the backend does not exist here.
+    Raises ConfigError where the device or the backend does not exist here.
     """
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         return _activate_cuda(backend or "nccl")
     if backend == "nccl":
-        raise ValueError("--distributed-backend: nccl moves no CPU tensors; use gloo (or --device cuda)")
+        raise ConfigError("--distributed-backend: nccl moves no CPU tensors; use gloo (or --device cuda)")
     _install_cpu_adapter()
     return Device(kind="cpu", backend="gloo", torch_device=_CPU)
 
 
 def _activate_cuda(backend: Backend) -> Device:
     if not torch.cuda.is_available():
-        raise ValueError("--device: cuda was asked for but torch sees no CUDA device here; use --device cpu")
+        raise ConfigError("--device: cuda was asked for but torch sees no CUDA device here; use --device cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     num_devices = torch.cuda.device_count()
     if backend == "nccl" and local_rank >= num_devices:
-        raise ValueError(
+        raise ConfigError(
             f"torchrun --nproc-per-node: local rank {local_rank} has no GPU of its own among {num_devices}; "
             "start one process per GPU"
         )

@@ -183,7 +183,7 @@ class NullTokenizer(Tokenizer):
 
 
 def load_tokenizer(config: TokenizerConfig, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a run; `vocab_size` (sentinels included) sizes the NullTokenizer only."""
+    """The tokenizer of a run; `vocab_size` (sentinels included) sizes the NullTokenizer, and must fit any other."""
     if config.vocab_extra_ids < 1:
         raise ConfigError(
             f"--vocab-extra-ids is {config.vocab_extra_ids}; METRO's mask token is the first sentinel: give 1 or more"
@@ -199,7 +199,14 @@ def load_tokenizer(config: TokenizerConfig, vocab_size: int | None = None) -> To
             f"--tokenizer-model {config.tokenizer_model} does not end in .model; "
             "add --tokenizer-type SentencePieceTokenizer if it is a SentencePiece model"
         )
-    return Tokenizer.load(config.tokenizer_model, config.vocab_extra_ids)
+    tokenizer = Tokenizer.load(config.tokenizer_model, config.vocab_extra_ids)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"--vocab-size {vocab_size} is not the tokenizer's {tokenizer.vocab_size} (--vocab-extra-ids "
+            f"{config.vocab_extra_ids} included); leave --vocab-size out (--vocab-size none undoes a preset's), or "
+            "give the tokenizer the model was made for"
+        )
+    return tokenizer
 
 
 # Numbers in SentencePiece's model file (a protocol buffer): fields of the model and of a piece, kinds of piece.

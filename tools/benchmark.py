@@ -1,59 +1,56 @@
-"""Measure speed: python tools/benchmark.py step [--peer hf]. Progress lines, then one JSON object as the last line."""
+"""Measure speed on one CPU thread: python tools/benchmark.py {step,pipeline,data}. The last line is one JSON object.
+
+step: METRO's training step against T5's and against peers. pipeline: messages, unit times against the plan's, cost of
+the CPU adapter. data: preprocessing, batches and loading against megatron-core's own T5 dataset.
+"""
 
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-import torch
+from megatron_metro.config.errors import exit_on_error
+from megatron_metro.config.parser import Parser, number, whole_number
+from megatron_metro.training import benchmark, benchmark_data, benchmark_pipeline
 
-from megatron_metro import device
-from megatron_metro.parallel.groups import single_process
-from megatron_metro.training import benchmark
-
-PEERS = ("hf", "hf_masked")
+COUNT = {"type": whole_number(1), "metavar": "N"}
+SHARE = {"type": number(0, 1), "metavar": "X"}
+KINDS: dict[type, dict[str, Any]] = {int: COUNT, float: SHARE, str: {"choices": ("highest", "high", "medium")}}
+WORKLOAD = fields(benchmark.Workload)
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="METRO's training step on one CPU thread against T5's and against peers")
-    step.add_argument("--peer", choices=PEERS, nargs="+", default=[], help="METRO with Hugging Face transformers")
-    step.add_argument("--rounds", type=int, default=9, help="timed rounds, in which every contestant takes a step")
-    step.add_argument("--warmups", type=int, default=2, help="untimed rounds before them")
-    for field in fields(benchmark.Workload):
-        step.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    return parser.parse_args()
+    for name in ("step", "pipeline", "data"):
+        command = commands.add_parser(name)
+        command.add_argument("--rounds", **COUNT, default=9, help="timed rounds, a turn of every contestant each")
+        command.add_argument("--warmups", **COUNT, default=2, help="untimed rounds before them")
+    step = commands.choices["step"]
+    step.add_argument("--peer", choices=("hf", "hf_masked"), nargs="+", default=[], help="METRO with transformers")
+    for field in WORKLOAD:
+        step.add_argument(f"--{field.name.replace('_', '-')}", **KINDS[type(field.default)], default=field.default)
+    return parser.read(sys.argv[1:])
 
 
-def _build_contestants(workload: benchmark.Workload, peers: list[str]) -> dict[str, benchmark.Step]:
-    cpu = device.activate("cpu")
-    groups = single_process(cpu)
-    metro, t5 = benchmark.metro_run(workload), benchmark.t5_run(workload)
-    cpu.seed_all(metro.training.seed)
-    steps = {"metro": benchmark.build_step(metro, groups), "t5": benchmark.build_step(t5, groups)}
-    if peers:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        from tests.helpers.hf_metro import build_hf_step  # noqa: PLC0415 (transformers is optional)
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # peers live beside the tests
+    from tests.helpers import benchmark_peers as peers  # noqa: PLC0415 (not part of an installed package)
 
-        microbatch = benchmark.draw_microbatch(metro)
-        steps |= {peer: build_hf_step(metro, microbatch, masked_heads=peer == "hf_masked") for peer in peers}
-    return steps
-
-
-def main() -> None:
-    """One thread and one process, whatever the machine has."""
-    arguments = _parse_arguments()
-    workload = benchmark.Workload(**{f.name: getattr(arguments, f.name) for f in fields(benchmark.Workload)})
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision(workload.matmul_precision)
-    steps = _build_contestants(workload, arguments.peer)
-    before = benchmark.measure_gemm()
-    print(f"GEMM: {before / 1e9:.1f} GFLOP/s")
-    timings = benchmark.time_side_by_side(steps, arguments.rounds, arguments.warmups, print)
-    print(json.dumps(benchmark.summarise_steps(workload, timings, [before, benchmark.measure_gemm()])))
+    how = (arguments.rounds, arguments.warmups, print)
+    if arguments.command == "step":
+        workload = benchmark.Workload(**{field.name: getattr(arguments, field.name) for field in WORKLOAD})
+        steps = benchmark.build_steps(workload) | peers.build_hf_peers(workload, arguments.peer)
+        return benchmark.compare_steps(workload, steps, *how)
+    if arguments.command == "pipeline":
+        return benchmark_pipeline.measure_pipeline(*how) | peers.measure_adapter()
+    with tempfile.TemporaryDirectory() as folder:
+        return benchmark_data.measure_data(Path(folder), {"core_t5": peers.build_core_reader}, *how)
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        print(json.dumps(_run(_parse_arguments())))

@@ -4,34 +4,33 @@ The flags are those of pretrain.py; --data-path, --tokenizer-model and the objec
 byte of every data set and compares it with the manifest and the vocabulary.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 
-from megatron_metro.config.cli import read_run
+from megatron_metro.config.cli import parse_run
 from megatron_metro.config.errors import DataError, exit_on_error
+from megatron_metro.config.parser import Parser, whole_number
 from megatron_metro.data.indexed import verify_store
 from megatron_metro.data.inspection import describe_samples
 from megatron_metro.data.loader import build_loaders
 from megatron_metro.tokenizer import load_tokenizer
 
 
-def _parse_own_flags() -> tuple[argparse.Namespace, list[str]]:
-    """This tool's flags and, apart, those that describe the run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--num-samples", type=int, default=2, help="samples to show")
+def _build_parser() -> Parser:
+    """This tool's flags; all others describe the run."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--num-samples", type=whole_number(1), default=2, metavar="N", help="samples to show")
     parser.add_argument("--part", choices=("train", "valid"), default="train", help="which documents")
     parser.add_argument("--verify", action="store_true", help="check every byte first")
-    return parser.parse_known_args()
+    return parser
 
 
 def main() -> None:
     """Open the data of a run and print."""
-    own, argv = _parse_own_flags()
+    parser = _build_parser()
     with exit_on_error():
-        run = read_run(argv)
+        own, argv = parser.read_own(sys.argv[1:])
+        run = parse_run(argv, None, parser.list_flags())
         run = replace(run, data=replace(run.data, num_workers=0))
         tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
         train, valid = build_loaders(run, tokenizer, dp_rank=0, dp_size=1)

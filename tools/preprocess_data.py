@@ -8,37 +8,36 @@ import argparse
 import sys
 
 from megatron_metro.config.errors import exit_on_error
+from megatron_metro.config.parser import Parser, whole_number
 from megatron_metro.config.schema import TokenizerConfig
 from megatron_metro.data.preprocess import PreprocessOptions, preprocess
 from megatron_metro.data.progress import show_progress
 from megatron_metro.tokenizer import load_tokenizer
 
 
-def _parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flag = parser.add_argument
+def _build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    flag, count = parser.add_argument, {"type": whole_number(1), "metavar": "N"}
     flag("--input", nargs="+", required=True, help="files, folders or patterns")
-    flag("--json-keys", nargs="+", default=["text"], help="keys to tokenise, one data set each")
-    flag("--output-prefix", required=True, help="where to write, without _<key>_document")
-    flag("--workers", type=int, default=1, help="processes; the bytes written do not depend on it")
+    flag("--json-keys", nargs="+", default=["text"], help="keys to tokenise, one data set each (default: text)")
+    flag("--output-prefix", required=True, metavar="PREFIX", help="where to write, without _<key>_document")
+    flag("--workers", **count, default=1, help="processes; the bytes written do not depend on it")
     flag("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="</s> after each document")
     flag("--split-lines", action="store_true", help="one sequence and </s> per line, for --block-mode complete_doc")
     flag("--on-error", choices=("fail", "skip"), default="fail", help="what to do about lines that give no document")
     flag("--tokenizer-type", choices=("SentencePieceTokenizer", "NullTokenizer"), help="found from --tokenizer-model")
-    flag("--tokenizer-model", help="SentencePiece .model file")
-    flag("--vocab-size", type=int, help="ids of the NullTokenizer, sentinels included")
-    flag("--vocab-extra-ids", type=int, default=512, help="sentinels of the run; they take no part in text")
-    flag("--log-interval", type=int, default=100_000, help="documents between lines where there is no terminal")
-    flag("--partitions", type=int, help="ignored: any number of --workers fills one output")
-    return parser.parse_args()
+    flag("--tokenizer-model", metavar="FILE", help="SentencePiece .model file")
+    flag("--vocab-size", **count, help="ids of the NullTokenizer, sentinels included")
+    flag("--vocab-extra-ids", **count, default=512, help="sentinels of the run; they take no part in text")
+    flag("--log-interval", **count, default=100_000, help="documents between lines where there is no terminal")
+    flag("--partitions", **count, help="ignored: any number of --workers fills one output")
+    return parser
 
 
 def main() -> None:
     """Tokenise, show progress, report the rate."""
-    flags = vars(_parse_flags())
     with exit_on_error():
+        flags = vars(_build_parser().read(sys.argv[1:]))
         tokenizer_flags = {name: flags[name] for name in ("tokenizer_type", "tokenizer_model", "vocab_extra_ids")}
         tokenizer = load_tokenizer(TokenizerConfig(**tokenizer_flags), flags["vocab_size"])
         options = PreprocessOptions(

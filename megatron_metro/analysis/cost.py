@@ -2,6 +2,10 @@
 
 Two FLOPs per multiply-add; norms, softmax, embeddings and element-wise work are not counted. Symbols: s encoder and t
 decoder positions, h width, p width of all heads, f feed-forward width, v vocabulary, n masked slots, m target slots.
+
+FLOPs balance a pipeline, so that its layout depends on the model alone. `UnitCost.work` predicts times: FLOPs of a
+microbatch and, for embeddings and heads, the bytes they move beside their products, as the FLOPs that a device does
+meanwhile. In layers such bytes go with the FLOPs.
 """
 
 from collections.abc import Iterable
@@ -17,15 +21,26 @@ BACKWARD_OVER_FORWARD = 2  # gradients of inputs and of weights: one matrix prod
 CAUSAL_SHARE = 0.5  # of the score matrix that a causal kernel computes
 FIRST_POSITION_ROW = 2  # rows of a position table before the first position (reference section 1.4)
 
+# FLOPs that a device does in a layer while it moves a byte, by bytes per number. BF16: an H100, 600 TFLOP/s at 3.8 TB/s
+# (reference performance section 1c). FP32: a core of an AMD Zen 5, 80 GFLOP/s at 15 GB/s (tools/benchmark.py pipeline).
+FLOPS_PER_BYTE = {2: 158.0, 4: 5.4}
+# Times that a tensor is written or read over, forward and backward.
+TOKEN_GRADIENT_PASSES = 4  # of every use of the token matrix: a dense gradient is written, and added to the main one
+LOGIT_PASSES = 10  # output bias, maximum, exponentials, chunk sums; in the backward pass softmax and difference
+ROW_PASSES = 10  # of [s, b, h] in an embedding and in the RTD head: lookup, positions, norm and their gradients
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitCost:
     """What one unit costs per sequence and what a boundary after it sends."""
 
     unit: Unit
-    forward_flops: float  # per sequence
+    forward_flops: float  # per sequence, where the next unit is in the same piece
+    extra_flops_if_cut: float  # on top of them, where the chain is cut after it
     parameters: int  # the weights it reads; shared ones appear at every reader
     bytes_sent: int  # per microbatch, were the chain cut after it; 0 after the last unit
+    work: float  # per microbatch, forward and backward, in FLOPs
+    extra_work_if_cut: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,17 +53,31 @@ class MessageFormat:
 
 
 def unit_costs(model: ModelConfig, lengths: Lengths, message: MessageFormat | None = None) -> tuple[UnitCost, ...]:
-    """Costs of all units in order, with every layer at full length, as the model is built."""
+    """Costs of all units in order, as the model is built, from the whole slot counts of `static_lengths`.
+
+    A last layer in one piece with its head runs at the head's slots only, if sequence parallelism can shard these.
+    """
     message = message if message is not None else MessageFormat()
-    return tuple(
-        UnitCost(
-            unit=unit,
-            forward_flops=forward_flops(unit, model, lengths),
-            parameters=count_parameters([unit], model),
-            bytes_sent=0 if unit.kind == "lm_head" else message_bytes(unit, model, lengths, message),
+    costs = []
+    for unit in build_chain(model):
+        whole = forward_flops(unit, model, lengths, every_position=True)
+        shortened = forward_flops(unit, model, lengths)
+        num_slots = lengths.masked if unit.network == "generator" else lengths.targets
+        flops = shortened if round(num_slots) % message.sequence_shards == 0 else whole
+        passes = (1 + BACKWARD_OVER_FORWARD) * message.micro_batch_size
+        moved = _numbers_moved(unit, model, lengths, message.micro_batch_size) * message.element_size
+        costs.append(
+            UnitCost(
+                unit=unit,
+                forward_flops=flops,
+                extra_flops_if_cut=whole - flops,
+                parameters=count_parameters([unit], model),
+                bytes_sent=0 if unit.kind == "lm_head" else message_bytes(unit, model, lengths, message),
+                work=passes * flops + FLOPS_PER_BYTE[message.element_size] * moved,
+                extra_work_if_cut=passes * (whole - flops),
+            )
         )
-        for unit in build_chain(model)
-    )
+    return tuple(costs)
 
 
 def message_bytes(unit: Unit, model: ModelConfig, lengths: Lengths, message: MessageFormat) -> int:
@@ -64,28 +93,31 @@ def message_bytes(unit: Unit, model: ModelConfig, lengths: Lengths, message: Mes
     return rows.total * message.micro_batch_size * model.hidden_size * message.element_size
 
 
-def training_flops(model: ModelConfig, lengths: Lengths, *, minimal: bool = False) -> float:
-    """FLOPs of forward and backward of one sequence, without recomputation.
+def training_flops(model: ModelConfig, lengths: Lengths, *, every_position: bool = False) -> float:
+    """FLOPs of forward and backward of one sequence, without recomputation; `every_position` as in `forward_flops`.
 
-    `minimal` counts what identical mathematics needs: the last generator and decoder layers have queries at the slots
-    only. This is the count behind MFU. Otherwise every layer runs at full length, as the model is built.
+    Without it they are what is built and the least that the mathematics needs: the count behind MFU.
     """
-    forward = sum(forward_flops(unit, model, lengths, minimal=minimal) for unit in build_chain(model))
+    forward = sum(forward_flops(unit, model, lengths, every_position=every_position) for unit in build_chain(model))
     return forward * (1 + BACKWARD_OVER_FORWARD)
 
 
 def step_flops(config: RunConfig, global_batch_size: int) -> float:
-    """Minimal FLOPs of a whole training step, over all devices: what throughput and MFU are counted with."""
-    return training_flops(config.model, mean_lengths(config), minimal=True) * global_batch_size
+    """FLOPs of a whole training step, over all devices: what throughput and MFU are counted with."""
+    return training_flops(config.model, mean_lengths(config)) * global_batch_size
 
 
-def forward_flops(unit: Unit, model: ModelConfig, lengths: Lengths, *, minimal: bool = False) -> float:
-    """Forward FLOPs of one unit for one sequence; `minimal` as in `training_flops`."""
+def forward_flops(unit: Unit, model: ModelConfig, lengths: Lengths, *, every_position: bool = False) -> float:
+    """Forward FLOPs of one unit for one sequence.
+
+    The last generator and decoder layers have queries at the slots of their heads only; with `every_position` they run
+    like all other layers, as where the chain is cut before the head.
+    """
     h, s = model.hidden_size, lengths.encoder
     match unit.kind:
         case "generator_layer":
-            is_last = unit.index == model.generator_num_layers - 1
-            return _encoder_layer_flops(model, s, lengths.masked if minimal and is_last else s)
+            is_short = unit.index == model.generator_num_layers - 1 and not every_position
+            return _encoder_layer_flops(model, s, min(lengths.masked, s) if is_short else s)
         case "mlm_head":
             dense = 2 * lengths.masked * h**2 if model.mlm_head == "roberta" else 0.0
             return dense + 2 * lengths.masked * h * vocabulary(model)
@@ -95,10 +127,32 @@ def forward_flops(unit: Unit, model: ModelConfig, lengths: Lengths, *, minimal: 
             dense = 2 * s * h**2 if model.rtd_head == "roberta" else 0.0
             return dense + 2 * s * h if model.has_rtd_head else 0.0
         case "decoder_layer":
-            is_last = unit.index == model.decoder_num_layers - 1
-            return _decoder_layer_flops(model, lengths, lengths.targets if minimal and is_last else lengths.decoder)
+            is_short = unit.index == model.decoder_num_layers - 1 and not every_position
+            t = lengths.decoder
+            return _decoder_layer_flops(model, lengths, min(lengths.targets, t) if is_short else t)
         case "lm_head":
             return 2 * lengths.targets * h * vocabulary(model)
+        case _:
+            return 0.0
+
+
+def _numbers_moved(unit: Unit, model: ModelConfig, lengths: Lengths, micro_batch_size: int) -> float:
+    """Numbers that an embedding or a head moves in a microbatch besides its products; 0 for layers."""
+    h, v = model.hidden_size, vocabulary(model)
+    gradient = TOKEN_GRADIENT_PASSES * v * h
+    rows = ROW_PASSES * micro_batch_size * h
+    logits = LOGIT_PASSES * micro_batch_size * v
+    match unit.kind:
+        case "generator_embedding" | "encoder_embedding":
+            return gradient + rows * lengths.encoder
+        case "mlm_head":  # projects to the vocabulary, and looks up the encoder's input
+            return 2 * gradient + logits * lengths.masked + rows * lengths.encoder
+        case "encoder_head":
+            return rows * lengths.encoder if model.has_rtd_head else 0.0
+        case "decoder_embedding":
+            return gradient + rows * lengths.decoder
+        case "lm_head":
+            return gradient + logits * lengths.targets
         case _:
             return 0.0
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_metro.config.errors import ConfigError, DataError
+from megatron_metro.config.files import publish, temporary_sibling
 
 METRICS_FILE = "metrics.jsonl"
 TRAINING = "train"  # the split of a training step; any other split is held-out text
@@ -32,7 +33,8 @@ def read_curves(path: Path) -> RunCurves:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give the folder of a run") from error
+        cause = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise DataError(f"{path}: cannot be read ({cause}); give the folder of a run") from error
     points: dict[str, dict[str, dict[int, float]]] = {}
     for number, line in enumerate(lines, start=1):
         try:
@@ -104,10 +106,9 @@ def plot_runs(runs: Mapping[str, RunCurves], names: Sequence[str], path: Path, *
         panel.set(title=name.replace("_", " "), xlabel="step")
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with temporary_sibling(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+        publish(partial, path)
 
 
 def _curve(values: dict[int, float]) -> Curve:

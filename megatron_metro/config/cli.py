@@ -5,18 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
-from megatron_metro.config.errors import ConfigError
-from megatron_metro.config.fields import Setting, change_values, list_settings, read_value, shorten
+from megatron_metro.config.fields import Setting, change_values, list_settings, read_value
 from megatron_metro.config.files import write_atomically
 from megatron_metro.config.flags import SHORTHANDS, SPELLINGS, judge_foreign_flag, list_foreign_flags
+from megatron_metro.config.parser import Parser, refuse_unknown
 from megatron_metro.config.presets import PRESETS
 from megatron_metro.config.schema import RunConfig
-from megatron_metro.config.source import Source, find_nearest, read_file
-from megatron_metro.config.validation import resolve, validate
+from megatron_metro.config.source import Source, read_file
+from megatron_metro.config.validation import replica_size, resolve, validate
 
 DESCRIPTION = """\
 Every setting of a run is one flag with Megatron's name and meaning. Flags win over --config, which wins over --preset.
@@ -26,16 +26,23 @@ here are ignored with a warning or refused with the reason. Integers are digits,
 ReadWords = Callable[[str, list[str]], None]  # called with the spelling of a flag and the words after it
 
 
-def parse_run(argv: Sequence[str], world_size: int) -> RunConfig:
-    """The resolved, valid run that flags describe for `world_size` processes; raises ConfigError, one line."""
-    config = resolve(read_run(argv), world_size)
+def parse_run(argv: Sequence[str], world_size: int | None, tool_flags: Sequence[str] = ()) -> RunConfig:
+    """The resolved, valid run that flags describe for `world_size` processes, or for one replica of the model.
+
+    `tool_flags` are those of a tool that took them out of `argv`: a misspelt one is told from a run's. Raises
+    ConfigError, one line.
+    """
+    config = read_run(argv, tool_flags)
+    if world_size is None:
+        world_size = replica_size(config.parallel)
+    config = resolve(config, world_size)
     validate(config, world_size)
     return config
 
 
-def read_run(argv: Sequence[str]) -> RunConfig:
+def read_run(argv: Sequence[str], tool_flags: Sequence[str] = ()) -> RunConfig:
     """The run that flags describe, each value checked by itself; neither resolved nor validated."""
-    flags = _read_flags(argv)
+    flags = _read_flags(argv, tool_flags)
     file = Source() if flags.config_path is None else read_file(flags.config_path)
     return _merge(flags.preset or file.preset, file, flags)
 
@@ -73,11 +80,6 @@ def format_config(config: RunConfig) -> str:
     return "\n".join([opening, *sorted(lines, key=str.lower), closing])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.removeprefix('argument ')}; --help shows how it is given")
-
-
 class _Collect(argparse.Action):
     """Passes the spelling of a flag and the words after it on."""
 
@@ -90,31 +92,21 @@ class _Collect(argparse.Action):
         self.read(option_string, [values] if isinstance(values, str) else list(values))
 
 
-def _read_flags(argv: Sequence[str]) -> Source:
+def _read_flags(argv: Sequence[str], tool_flags: Sequence[str]) -> Source:
     source = Source()
     _, unknown = _build_parser(source).parse_known_args(list(argv))
     if unknown:
-        _refuse(unknown)
+        known = [spelling for setting in list_settings().values() for spelling in (*setting.flags, *setting.negatives)]
+        refuse_unknown(unknown, [*known, *SHORTHANDS, *SPELLINGS, "--preset", "--config", *tool_flags])
     return source
 
 
-def _refuse(unknown: Sequence[str]) -> NoReturn:
-    flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
-    if flag is None:
-        raise ConfigError(f"{shorten(unknown[0])} stands where a flag belongs; flags start with --")
-    known = [spelling for setting in list_settings().values() for spelling in (*setting.flags, *setting.negatives)]
-    nearest = find_nearest("--" + flag.lstrip("-"), [*known, *SHORTHANDS, *SPELLINGS, "--preset", "--config"])
-    raise ConfigError(f"{shorten(flag)} is not a flag; the nearest is {nearest} (--help lists all)")
-
-
-def _build_parser(source: Source) -> _Parser:
+def _build_parser(source: Source) -> Parser:
     """A parser that fills `source`; flags are grouped by section so that --help reads from top to bottom."""
-    parser = _Parser(
+    parser = Parser(
         usage="%(prog)s [--preset NAME] [--config run.yaml] [flags]",
         description=DESCRIPTION,
         epilog="presets:\n" + "\n".join(f"  {name:15s}{make.__doc__}" for name, make in PRESETS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     bases = parser.add_argument_group("start", "Where the values of flags that are not given come from.")
     bases.add_argument(

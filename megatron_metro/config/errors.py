@@ -1,5 +1,7 @@
 """Errors a user can cause, each with the exit code its process ends with."""
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -7,10 +9,11 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 # What a user can do nothing about would bury what a tool says. Set here because every entry point loads this module
-# before megatron-core, which warns of NVIDIA's kernels that are not there and of a default of its own, and calls
-# torch.distributed by names that torch 2.13 calls old.
+# before megatron-core, which warns of NVIDIA's kernels that are not there, of a default of its own and of its
+# distributed optimizer's gradients, and calls torch.distributed by names that torch 2.13 calls old.
 warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (are|is) not installed", UserWarning)
 warnings.filterwarnings("ignore", "full scope is deprecated. Use empty cuda_graph_scope", UserWarning)
+warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor", UserWarning, r"megatron\.core\.optimizer")
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
@@ -52,9 +55,20 @@ class UnsafeError(MetroError, ValueError):
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """End the process with one line on standard error and the error's exit code when the body raises a MetroError."""
+    """End the process with one line on standard error and the error's exit code when the body raises a MetroError.
+
+    So do Ctrl-C, as a shell reports it, and a reader of standard output that has gone, which needs no line.
+    """
     try:
         yield
+        sys.stdout.flush()
     except MetroError as error:
         sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted\n")
+        raise SystemExit(128 + signal.SIGINT) from None
+    except BrokenPipeError:
+        # Python flushes once more at its end, which must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None

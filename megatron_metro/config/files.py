@@ -49,6 +49,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         publish(temporary, path)
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise StorageError, naming the flag, unless files can be made in a folder, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{flag} {folder}: cannot be written ({error.strerror}); choose a folder that can"
+        ) from error
+
+
 def _synchronise(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

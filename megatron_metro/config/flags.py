@@ -20,7 +20,6 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {"--num-layers": ("encoder_num_layers",
 SPELLINGS: dict[str, tuple[str, str]] = {"--recompute-activations": ("recompute_granularity", "selective")}
 
 _BALANCED = "layers are balanced over stages by cost, embeddings and heads included"
-_NO_RNG = "masks, sampling and order follow from --seed and the step"
 _REPORTED = "the log line, metrics.jsonl and --tensorboard-dir show what there is"
 
 IGNORED: dict[str, str] = {
@@ -30,14 +29,14 @@ IGNORED: dict[str, str] = {
     "--use-cpu-initialization": "initial weights depend on --seed and the parameter's name only, on every device",
     "--calculate-per-token-loss": "losses are always averaged over the tokens of the global batch",
     "--attention-softmax-in-fp32": "the attention softmax always runs in FP32",
-    "--accumulate-allreduce-grads-in-fp32": "gradients are always accumulated and reduced in FP32",
+    "--accumulate-allreduce-grads-in-fp32": "gradients are accumulated and reduced in FP32 under --bf16 and --fp16 too",
     "--no-gradient-accumulation-fusion": "gradient accumulation is not fused into the matrix products",
     "--override-opt-param-scheduler": "the schedule always follows the flags of this run",
-    "--no-save-rng": _NO_RNG,
-    "--no-load-rng": _NO_RNG,
+    "--no-save-rng": "checkpoints always hold the random states, a few kilobytes per rank",
+    "--no-load-rng": "random states, which only dropout reads, always come back at the layout that saved them",
     "--dist-ckpt-optim-fully-reshardable": "every checkpoint loads at every layout",
     "--auto-detect-ckpt-format": "there is one checkpoint format, torch_dist",
-    "--test-data-path": "pretraining has no test pass; tools/evaluate.py reads test data",
+    "--test-data-path": "pretraining has no test pass",
     "--log-num-zeros-in-grad": _REPORTED,
     "--log-timers-to-tensorboard": _REPORTED,
     "--log-memory-to-tensorboard": _REPORTED,
@@ -63,10 +62,10 @@ _SENTENCEPIECE = "give a SentencePiece model with --tokenizer-model (tools/train
 _FP8 = "FP8 is not supported; give --bf16"
 _CONFIG_FILE = "write the paths into a file and give it with --config"
 _LAYER_RECOMPUTE = "--recompute-granularity full recomputes every layer, selective the attention scores"
-_CKPT_CONVERT = "convert checkpoints with tools/convert_checkpoint.py"
+_CKPT_CONVERT = "there is one checkpoint format, torch_dist, which loads at every layout"
 _ONE_SAVE = "checkpoints are written synchronously, to --save only; set --save-interval"
 _WANDB = "Weights & Biases is not supported; read <save>/metrics.jsonl or give --tensorboard-dir"
-_PROFILE = "profile a step with tools/benchmark.py"
+_PROFILE = "there is no profiler; tools/benchmark.py times steps"
 
 REFUSED: dict[str, str] = {
     "--num-layers-per-virtual-pipeline-stage": "give --num-virtual-stages-per-pipeline-rank",
@@ -118,7 +117,7 @@ REFUSED: dict[str, str] = {
     "--profile-step-start": _PROFILE,
     "--profile-step-end": _PROFILE,
     "--use-pytorch-profiler": _PROFILE,
-    "--skip-train": "score a checkpoint with tools/evaluate.py",
+    "--skip-train": "validation runs after a training step; see --eval-interval and --eval-iters",
     "--full-validation": "give the number of validation batches with --eval-iters",
 }
 

@@ -1,5 +1,8 @@
 """Words for checks across settings: refuse, and name the nearest values that would work."""
 
+import difflib
+from collections.abc import Iterable
+
 from megatron_metro.config.errors import ConfigError
 
 
@@ -21,3 +24,8 @@ def nearest_divisors(value: int, divisor: int) -> str:
     below = [candidate for candidate in divisors if candidate < divisor]
     above = [candidate for candidate in divisors if candidate > divisor]
     return " or ".join(str(candidate) for candidate in below[-1:] + above[:1])
+
+
+def find_nearest(name: str, names: Iterable[str]) -> str:
+    """The name that looks most like what was written."""
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]

@@ -42,6 +42,8 @@ def mean_lengths(config: RunConfig) -> Lengths:
         decoder_length = data.decoder_seq_length or spans.decoder_length
         return Lengths(encoder=encoder_length, decoder=decoder_length, masked=0, targets=spans.decoder_length)
     masked = objective.mask_prob * encoder_length
+    if not objective.probabilistic_rounding:
+        masked = float(int(masked))
     return Lengths(
         encoder=encoder_length,
         decoder=data.decoder_seq_length or encoder_length,

@@ -127,13 +127,16 @@ def check_objective(config: RunConfig) -> None:
         "--weighted-lm-loss needs a replaced-token-detection head, found --rtd-head "
         f"{model.rtd_head} and --generator-num-layers {model.generator_num_layers}; drop it or give both",
     )
-    if objective.objective == "metro":
-        return
     require(
-        not model.has_generator,
+        objective.objective == "metro" or not model.has_generator,
         f"--objective t5-span has no generator, found --generator-num-layers {model.generator_num_layers}; give 0",
     )
-    require(objective.lm_loss_weight > 0, "--lm-loss-weight 0 leaves --objective t5-span nothing to train; give 1.0")
+    require(
+        objective.lm_loss_weight > 0 or model.has_generator,
+        f"--lm-loss-weight 0 leaves --objective {objective.objective} without a generator nothing to train; give 1.0",
+    )
+    if objective.objective == "metro":
+        return
     require(
         config.data.block_mode == "full",
         f"--objective t5-span corrupts full blocks, found --block-mode {config.data.block_mode}; give full",

@@ -25,7 +25,10 @@ class ModelConfig:
     encoder_num_layers: int = option(12, "encoder depth; --num-layers sets both depths", minimum=1, maximum=10_000)
     decoder_num_layers: int = option(12, "decoder depth", minimum=1, maximum=10_000)
     generator_num_layers: int = option(
-        4, "depth of the auxiliary generator; 0 builds the main model alone", minimum=0, maximum=10_000
+        4,
+        "depth of the auxiliary generator; 0 builds the main model alone, which then reads the masked text itself",
+        minimum=0,
+        maximum=10_000,
     )
     hidden_size: int = option(768, "width of encoder, decoder and generator", minimum=1, maximum=1_048_576)
     ffn_hidden_size: int = option(3072, "width of the feed-forward layers", minimum=1, maximum=1_048_576)
@@ -142,8 +145,11 @@ class DataConfig:
     block_mode: Literal["full", "complete_doc"] = option(
         "full", "full: every block holds seq-length tokens; complete_doc: whole lines of one document, padded"
     )
-    num_workers: int = option(
-        2, "worker processes that prepare batches; 0 prepares them in the training process", minimum=0
+    num_workers: int | None = option(
+        None,
+        "worker processes that prepare batches, 0 for none; 2 on GPUs and 0 on CPUs, whose cores they would take, when "
+        "not given",
+        minimum=0,
     )
 
 

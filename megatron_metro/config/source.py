@@ -1,12 +1,12 @@
 """What one place, the command line or a YAML file, sets: values by field name, each checked and set once."""
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.fields import Setting, Value, check_length, list_settings, parse_text, shorten
 from megatron_metro.config.flags import SHORTHANDS, SPELLINGS, is_foreign_flag, judge_foreign_flag
+from megatron_metro.config.legal import find_nearest
 from megatron_metro.config.presets import PRESETS
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.yaml_file import Entry, read_entries
@@ -81,11 +81,6 @@ def parse_words(setting: Setting, label: str, words: Words) -> Value:
     if len(values) != 1:
         raise ConfigError(f"{label}: found {len(values)} values; give one")
     return values[0]
-
-
-def find_nearest(name: str, names: Iterable[str]) -> str:
-    """The name that looks most like what was written."""
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
 
 
 def read_file(path: str) -> Source:

@@ -80,7 +80,12 @@ def require_training_inputs(config: RunConfig) -> None:
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Copies of the model among `world_size` processes."""
-    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    return world_size // replica_size(parallel)
+
+
+def replica_size(parallel: ParallelConfig) -> int:
+    """Processes that hold one copy of the model."""
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
 
 
 def _check_processes(parallel: ParallelConfig, world_size: int) -> None:
@@ -138,10 +143,11 @@ def _check_pipeline(config: RunConfig, world_size: int) -> None:
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     sizes = f"--pipeline-model-parallel-size {pp} x --num-virtual-stages-per-pipeline-rank {vpp}"
     num_units = len(build_chain(config.model))
+    most = f"{num_units // pp} virtual stages" if num_units >= pp else f"{num_units} stages"
     require(
         pp * vpp <= num_units,
         f"{sizes} cuts the model into {pp * vpp} pieces but it has only {num_units} units (embeddings, layers, heads); "
-        f"give at most {num_units // pp} virtual stages" + ("" if num_units >= pp else f", or {num_units} stages"),
+        f"give at most {most}",
     )
     if vpp == 1:
         return

@@ -15,6 +15,7 @@ from megatron_metro.config.errors import DataError
 from megatron_metro.config.files import publish, temporary_sibling
 from megatron_metro.data.manifest import (
     Manifest,
+    Origin,
     block_checksums,
     check_files,
     hash_file,
@@ -55,9 +56,14 @@ class TokenStore:
         return int(self.dataset.index.sequence_pointers[sequence]) // self.tokens.itemsize
 
 
+def list_store_files(prefix: str) -> tuple[Path, ...]:
+    """The files a data set is made of: tokens, index and manifest."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix)
+
+
 def open_store(prefix: str, vocabulary: Vocabulary, tokenizer_sha256: str) -> TokenStore:
     """Open a data set and check that it is whole and made for this tokenizer; DataError names what is wrong."""
-    _check_index(prefix)
+    check_index(prefix)
     manifest = read_manifest(prefix)
     if manifest is not None:
         check_files(prefix, manifest)
@@ -103,8 +109,8 @@ def verify_store(prefix: str, vocabulary: Vocabulary, tokenizer_sha256: str) -> 
     return store
 
 
-def _check_index(prefix: str) -> None:
-    """Everything that must hold between the numbers of the .idx and the size of the .bin."""
+def check_index(prefix: str) -> type[np.number]:
+    """Everything that must hold between the numbers of the .idx and the size of the .bin; the type of the tokens."""
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, data):
         if not path.is_file():
@@ -139,6 +145,8 @@ def _check_index(prefix: str) -> None:
         )
     if document_ends[0] != 0 or document_ends[-1] != num_sequences or (np.diff(document_ends) < 0).any():
         raise DataError(f"{idx} has a document table that does not rise from 0 to {num_sequences}; preprocess again")
+    kind: type[np.number] = DType.dtype_from_code(code)
+    return kind
 
 
 def _check_pointers(idx: Path, lengths: NDArray[np.int32], pointers: NDArray[np.int64], itemsize: int) -> int:
@@ -154,38 +162,96 @@ def _check_pointers(idx: Path, lengths: NDArray[np.int32], pointers: NDArray[np.
     return position
 
 
-class TokenWriter:
-    """Writes a data set under temporary names; `finish` publishes it, leaving the block without it removes it."""
+class StoreFiles:
+    """The files of a new data set under temporary names, filled through core's builder.
 
-    def __init__(self, prefix: str, tokenizer: Tokenizer, append_eod: bool, split_lines: bool) -> None:
-        self.prefix = prefix
-        self.num_tokens = 0
-        self.num_documents = 0
-        self._tokenizer = tokenizer
-        self._append_eod = append_eod
-        self._split_lines = split_lines
-        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    `publish` gives them their final names, leaving the block without it removes them.
+    """
+
+    def __init__(self, prefix: str, dtype: type[np.number]) -> None:
+        self._prefix = prefix
+        self._dtype = dtype
         self._stack = ExitStack()
 
-    def __enter__(self) -> "TokenWriter":
+    def __enter__(self) -> "StoreFiles":
         self._bin, self._idx = (
-            self._stack.enter_context(temporary_sibling(Path(f"{self.prefix}.{suffix}"))) for suffix in ("bin", "idx")
+            self._stack.enter_context(temporary_sibling(path)) for path in list_store_files(self._prefix)[:2]
         )
-        self._builder = IndexedDatasetBuilder(str(self._bin), dtype=self._dtype)
+        self.builder = IndexedDatasetBuilder(str(self._bin), dtype=self._dtype)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._builder.data_file.close()
+        self.builder.data_file.close()
         self._stack.__exit__(kind, error, trace)
+
+    def publish(self, origin: Origin | None) -> Manifest | None:
+        """Publish .bin, .idx and manifest; without an origin there is none, as beside Megatron's own files."""
+        self.builder.finalize(str(self._idx))
+        manifest = None if origin is None else self._describe(origin)
+        final_bin, final_idx, final_note = list_store_files(self._prefix)
+        with temporary_sibling(final_note) as note:
+            note.write_bytes(b"" if manifest is None else manifest.to_json())
+            # An older index or manifest must not be taken for the new tokens' if this process ends half-way.
+            for old in (final_note, final_idx):
+                old.unlink(missing_ok=True)
+            publish(self._bin, final_bin)
+            publish(self._idx, final_idx)
+            if manifest is not None:
+                publish(note, final_note)
+        return manifest
+
+    def _describe(self, origin: Origin) -> Manifest:
+        bin_bytes = self._bin.stat().st_size
+        return Manifest(
+            tokenizer_sha256=origin.tokenizer_sha256,
+            num_pieces=origin.num_pieces,
+            num_documents=len(self.builder.document_indices) - 1,
+            num_sequences=len(self.builder.sequence_lengths),
+            num_tokens=bin_bytes // DType.size(self._dtype),
+            dtype=np.dtype(self._dtype).name,
+            append_eod=origin.append_eod,
+            split_lines=origin.split_lines,
+            bin_bytes=bin_bytes,
+            idx_bytes=self._idx.stat().st_size,
+            idx_sha256=hash_file(self._idx),
+            bin_crc32=tuple(block_checksums(self._bin)),
+        )
+
+
+class TokenWriter:
+    """Writes a data set of one tokenizer's ids; nothing appears before `finish`."""
+
+    def __init__(self, prefix: str, tokenizer: Tokenizer, append_eod: bool, split_lines: bool) -> None:
+        self.prefix = prefix
+        self.num_tokens = 0
+        self.num_documents = 0
+        self._vocabulary = tokenizer.vocabulary
+        self._origin = Origin(
+            tokenizer_sha256=tokenizer.sha256,
+            num_pieces=tokenizer.num_pieces,
+            append_eod=append_eod,
+            split_lines=split_lines,
+        )
+        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self._files = StoreFiles(prefix, self._dtype)
+
+    def __enter__(self) -> "TokenWriter":
+        self._files.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
 
     def add_documents(self, ids: NDArray[np.integer], documents: Sequence[Sequence[int]]) -> None:
         """Append documents, each given by the lengths of its sequences; `ids` are all their tokens.
 
         Ids outside the tokenizer's pieces are refused: the file's type would wrap them silently.
         """
-        check_ids(ids, self._tokenizer.vocabulary, f"{self.prefix}.bin")
+        check_ids(ids, self._vocabulary, f"{self.prefix}.bin")
         ids = ids.astype(self._dtype, copy=False)
         start = 0
         for lengths in documents:
@@ -194,7 +260,7 @@ class TokenWriter:
                 raise DataError(
                     f"{self.prefix}: a document has {stop - start} tokens, an index holds 2^31 - 1; split it"
                 )
-            self._builder.add_document(ids[start:stop], lengths)
+            self._files.builder.add_document(ids[start:stop], lengths)
             start = stop
         assert start == len(ids)
         self.num_tokens += start
@@ -204,28 +270,6 @@ class TokenWriter:
         """Publish .bin, .idx and manifest; DataError when there is no document."""
         if self.num_documents == 0:
             raise DataError(f"{self.prefix}: the input holds no text; nothing is written")
-        self._builder.finalize(str(self._idx))
-        manifest = Manifest(
-            tokenizer_sha256=self._tokenizer.sha256,
-            num_pieces=self._tokenizer.num_pieces,
-            num_documents=self.num_documents,
-            num_sequences=len(self._builder.sequence_lengths),
-            num_tokens=self.num_tokens,
-            dtype=np.dtype(self._dtype).name,
-            append_eod=self._append_eod,
-            split_lines=self._split_lines,
-            bin_bytes=self._bin.stat().st_size,
-            idx_bytes=self._idx.stat().st_size,
-            idx_sha256=hash_file(self._idx),
-            bin_crc32=tuple(block_checksums(self._bin)),
-        )
-        final = manifest_path(self.prefix)
-        with temporary_sibling(final) as note:
-            note.write_bytes(manifest.to_json())
-            # An older index or manifest must not be taken for the new tokens' if this process ends half-way.
-            for old in (final, Path(f"{self.prefix}.idx")):
-                old.unlink(missing_ok=True)
-            publish(self._bin, Path(f"{self.prefix}.bin"))
-            publish(self._idx, Path(f"{self.prefix}.idx"))
-            publish(note, final)
+        manifest = self._files.publish(self._origin)
+        assert manifest is not None
         return manifest

@@ -55,7 +55,7 @@ class LoaderSpec:
 
     def open(self) -> StepReader | None:
         """Open the files; None when the part has no documents."""
-        objective = build_objective(self.config.objective, self.config.data, self.facts.vocabulary)
+        objective = build_objective(self.config, self.facts.vocabulary)
         mixture = build_mixture(self.config, self.facts, objective, self.part)
         if mixture is None:
             return None
@@ -143,6 +143,7 @@ def build_loaders(
     """(training, validation) loaders; validation is None when --eval-iters is 0 or its share of --split is.
 
     Opens and checks all files, so call it before process groups start; the loaders may be used in any process.
+    Without --num-workers there are none.
     """
     train = _build_loader(config, tokenizer, "train", dp_rank, dp_size)
     assert train is not None
@@ -155,7 +156,8 @@ def _build_loader(config: RunConfig, tokenizer: Tokenizer, part: Part, dp_rank: 
     spec = LoaderSpec(config=config, facts=facts, part=part, dp_rank=dp_rank, dp_size=dp_size)
     reader = spec.open()
     # Validation is rare and short: its batches are made on the spot.
-    return None if reader is None else StepLoader(reader, spec, config.data.num_workers if part == "train" else 0)
+    num_workers = config.data.num_workers or 0 if part == "train" else 0
+    return None if reader is None else StepLoader(reader, spec, num_workers)
 
 
 def _split(arrays: StepArrays, num_microbatches: int) -> list[Microbatch]:

@@ -14,6 +14,16 @@ CHECKSUM_BLOCK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """How the tokens of a data set were made."""
+
+    tokenizer_sha256: str
+    num_pieces: int
+    append_eod: bool
+    split_lines: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """Facts about one pair of .bin and .idx files; the .bin has a CRC-32 per 16 MiB, so that a sample is cheap."""
 
@@ -30,6 +40,16 @@ class Manifest:
     idx_sha256: str
     bin_crc32: tuple[int, ...]
     version: int = MANIFEST_VERSION
+
+    @property
+    def origin(self) -> Origin:
+        """What data sets must share to be one."""
+        return Origin(
+            tokenizer_sha256=self.tokenizer_sha256,
+            num_pieces=self.num_pieces,
+            append_eod=self.append_eod,
+            split_lines=self.split_lines,
+        )
 
     def to_json(self) -> bytes:
         """The manifest as a JSON file."""

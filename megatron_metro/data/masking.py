@@ -13,7 +13,10 @@ Mask = NDArray[np.bool_]
 
 
 def round_counts(lengths: Ids, mask_prob: float, uniforms: NDArray[np.float64]) -> Ids:
-    """[b]: floor(mask_prob * length + U), so that the mean is mask_prob * length (reference section 3.2)."""
+    """[b]: floor(mask_prob * length + U), so that the mean is mask_prob * length (reference section 3.2).
+
+    U = 0 everywhere rounds down instead.
+    """
     return np.floor(mask_prob * lengths + uniforms).astype(np.int64)
 
 

@@ -1,6 +1,6 @@
 """METRO denoising: blocks of tokens to microbatches. Letters: b blocks, s positions, t decoder positions, g slots."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +19,10 @@ Array = TypeVar("Array", bound=NDArray[Any])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetroObjective:
-    """METRO denoising: masked text for the generator, original text for the main model (reference 3.2 and 3.3)."""
+    """METRO denoising: masked text for the generator, original text for the main model (reference 3.2 and 3.3).
+
+    Without a generator nobody fills the masks: the encoder reads the masked text itself.
+    """
 
     vocabulary: Vocabulary
     sequence_length: int
@@ -27,6 +30,8 @@ class MetroObjective:
     mask_token_prob: float = 0.8
     mask_random_prob: float = 0.1
     mask_special_tokens: bool = True
+    rounds_at_random: bool = True  # the number of masked tokens; down when False
+    has_generator: bool = True
     is_padded: bool = False  # complete_doc: blocks may end early
 
     @property
@@ -40,35 +45,40 @@ class MetroObjective:
         return True
 
     def shape(self, micro_batch_size: int) -> MicrobatchShape:
-        """Shape of every microbatch; generator and decoder share the slots."""
+        """Shape of every microbatch; generator, where there is one, and decoder share the slots."""
         num_slots = count_slots(self.sequence_length, self.mask_prob)
         return MicrobatchShape(
             micro_batch_size=micro_batch_size,
             encoder_length=self.sequence_length,
             decoder_length=self.sequence_length,
-            num_masked_slots=num_slots,
+            num_masked_slots=num_slots if self.has_generator else 0,
             num_target_slots=num_slots,
         )
 
     def make_batch(self, blocks: Blocks) -> Microbatch:
         """The microbatch of these blocks; row i depends on row i alone."""
-        generator_tokens, decoder_tokens, slots, ids, valid, uniforms = map_rows(blocks, self._make_rows)
+        masked_text, decoder_tokens, slots, ids, valid, uniforms = map_rows(blocks, self._make_rows)
         padding = None
         if self.is_padded:
             padding = torch.from_numpy(np.arange(self.sequence_length) >= blocks.lengths[:, None])
-        return Microbatch(
-            encoder_tokens=torch.from_numpy(blocks.tokens),
+        batch = Microbatch(
+            encoder_tokens=torch.from_numpy(blocks.tokens) if self.has_generator else masked_text,
             decoder_tokens=decoder_tokens,
             target_slots=slots,
             target_ids=ids,
             target_valid=valid,
-            generator_tokens=generator_tokens,
+            encoder_padding=padding,
+            decoder_padding=padding,
+        )
+        if not self.has_generator:
+            return batch
+        return replace(
+            batch,
+            generator_tokens=masked_text,
             masked_slots=slots,
             masked_ids=ids,
             masked_valid=valid,
             uniforms=uniforms,
-            encoder_padding=padding,
-            decoder_padding=padding,
         )
 
     def _make_rows(self, blocks: Blocks) -> tuple[NDArray, ...]:
@@ -84,15 +94,16 @@ class MetroObjective:
             mask_id=self.vocabulary.sentinel_ids[0],
             random_ids=range(self.vocabulary.mask_id, self.vocabulary.vocab_size),
         )
-        generator_tokens = tokens.copy()
-        generator_tokens[chosen] = corrupted[valid]
+        masked_text = tokens.copy()
+        masked_text[chosen] = corrupted[valid]
         # Keyed by position, so that the slot a position falls into is of no consequence.
         uniforms = np.where(valid, to_uniforms(_take(draw_words(blocks.keys, Purpose.SAMPLE, length), slots)), 0.0)
-        return generator_tokens, self._shift_right(blocks), slots, ids, valid, uniforms
+        return masked_text, self._shift_right(blocks), slots, ids, valid, uniforms
 
     def _choose_positions(self, blocks: Blocks, words: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """[b, s]: uniformly without replacement over the whole item; <s> and </s> are eligible as in the reference."""
-        counts = round_counts(blocks.lengths, self.mask_prob, to_uniforms(words[:, -1]))
+        uniforms = to_uniforms(words[:, -1]) * self.rounds_at_random
+        counts = round_counts(blocks.lengths, self.mask_prob, uniforms)
         candidates = None
         if self.is_padded:
             candidates = np.arange(self.sequence_length) < blocks.lengths[:, None]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
 from megatron_metro.config.errors import ConfigError
-from megatron_metro.config.schema import DataConfig, ObjectiveConfig
+from megatron_metro.config.schema import DataConfig, RunConfig
 from megatron_metro.config.spans import span_lengths
 from megatron_metro.data.blocks import Blocks
 from megatron_metro.data.metro_objective import MetroObjective
@@ -33,8 +33,9 @@ class Objective(Protocol):
         """The microbatch of these blocks; row i depends on row i alone."""
 
 
-def build_objective(config: ObjectiveConfig, data: DataConfig, vocabulary: Vocabulary) -> Objective:
+def build_objective(run: RunConfig, vocabulary: Vocabulary) -> Objective:
     """The objective a run asks for; ConfigError when its lengths or its sentinels do not work out."""
+    config, data = run.objective, run.data
     if config.objective == "metro":
         _check_decoder_length(data, data.encoder_seq_length, "metro")
         return MetroObjective(
@@ -44,6 +45,8 @@ def build_objective(config: ObjectiveConfig, data: DataConfig, vocabulary: Vocab
             mask_token_prob=config.mask_token_prob,
             mask_random_prob=config.mask_random_prob,
             mask_special_tokens=config.mask_special_tokens,
+            rounds_at_random=config.probabilistic_rounding,
+            has_generator=run.model.has_generator,
             is_padded=data.block_mode == "complete_doc",
         )
     if data.block_mode != "full":

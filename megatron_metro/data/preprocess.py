@@ -1,11 +1,12 @@
 """Raw text to token files: parallel, in order, published whole or not at all."""
 
-import os
+import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_metro.config.errors import ConfigError, DataError
 from megatron_metro.data.corpus import BadLine, Chunk, Document, find_inputs, parse_chunk, read_chunks
-from megatron_metro.data.indexed import TokenWriter
+from megatron_metro.data.indexed import TokenWriter, list_store_files
 from megatron_metro.data.workers import WorkerPool
 from megatron_metro.tokenizer import Tokenizer
 
@@ -95,7 +96,10 @@ class ChunkEncoder:
                 raise DataError(f"{found.place} {found.cause}; --on-error skip leaves such lines out")
             else:
                 bad_lines.append(found)
-        keys = [self._encode_texts([d.texts[i] for d in documents]) for i in range(len(self.options.json_keys))]
+        try:
+            keys = [self._encode_texts([d.texts[i] for d in documents]) for i in range(len(self.options.json_keys))]
+        except DataError as error:
+            raise DataError(f"{chunk.path}, after line {chunk.first_line}: {error}") from error
         num_empty = len(documents) * len(keys) - sum(len(encoded.documents) for encoded in keys)
         return EncodedChunk(keys=tuple(keys), num_empty=num_empty, bad_lines=bad_lines, read_bytes=chunk.read_bytes)
 
@@ -125,7 +129,9 @@ def preprocess(
     prefixes = tuple(f"{options.output_prefix}_{key}_{level}" for key in options.json_keys)
     report = PreprocessReport(prefixes=prefixes)
     started, cpu_started = time.perf_counter(), _cpu_seconds()
-    chunks = read_chunks(find_inputs(options.inputs))
+    inputs = find_inputs(options.inputs)
+    _check_outputs(prefixes, inputs)
+    chunks = read_chunks(inputs)
     with ExitStack() as stack:
         encoder = ChunkEncoder(tokenizer=tokenizer, options=options)
         encoded_chunks = stack.enter_context(_Encoding(encoder, chunks, options.num_workers))
@@ -138,6 +144,9 @@ def preprocess(
                 writer.add_documents(text.ids, text.documents)
             _count(report, encoded, writers, time.perf_counter() - started)
             on_progress(report)
+        for key, writer in zip(options.json_keys, writers):
+            if writer.num_documents == 0:
+                raise DataError(f"--input {' '.join(options.inputs)} holds no text of key {key!r}; nothing is written")
         for writer in writers:
             writer.finish()
     report.seconds = time.perf_counter() - started
@@ -183,6 +192,22 @@ def _check_options(options: PreprocessOptions) -> None:
         raise ConfigError(f"--workers is {options.num_workers}; give 1 or more")
     if len(set(options.json_keys)) != len(options.json_keys) or not all(options.json_keys):
         raise ConfigError(f"--json-keys {' '.join(options.json_keys)}: give each key once")
+    for key in options.json_keys:
+        if "/" in key or "\0" in key:
+            raise ConfigError(f"--json-keys {key!r} becomes part of a file name; rename the key")
+    if not Path(options.output_prefix).name or options.output_prefix.endswith("/"):
+        raise ConfigError(
+            f"--output-prefix {options.output_prefix!r} names a folder; add how the files' names begin, for example "
+            f"{Path(options.output_prefix) / 'corpus'}"
+        )
+
+
+def _check_outputs(prefixes: Sequence[str], inputs: Sequence[Path]) -> None:
+    """Refuse to write over the text that is read."""
+    outputs = {path.resolve() for prefix in prefixes for path in list_store_files(prefix)}
+    for path in inputs:
+        if path.resolve() in outputs:
+            raise ConfigError(f"--output-prefix: {path} is an --input and would be written over; choose another prefix")
 
 
 def _count(report: PreprocessReport, encoded: EncodedChunk, writers: list[TokenWriter], seconds: float) -> None:
@@ -197,4 +222,5 @@ def _count(report: PreprocessReport, encoded: EncodedChunk, writers: list[TokenW
 
 def _cpu_seconds() -> float:
     """Of this process and of its children that have ended."""
-    return sum(os.times()[:4])
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -12,7 +12,7 @@ import sentencepiece
 from megatron_metro.config.errors import ConfigError, DataError
 from megatron_metro.config.files import write_atomically
 from megatron_metro.data.corpus import BadLine, find_inputs, parse_chunk, read_chunks
-from megatron_metro.tokenizer import MASK_PIECE
+from megatron_metro.tokenizer import MASK_ID, MASK_PIECE
 
 MAX_SENTENCE_BYTES = 4000  # SentencePiece would leave out longer ones without a word
 MAX_PIECE_LENGTH = 32
@@ -34,7 +34,8 @@ class VocabularyOptions:
 
 
 def train_vocabulary(options: VocabularyOptions) -> bytes:
-    """The bytes of a SentencePiece model; the same inputs give the same bytes."""
+    """The bytes of a SentencePiece model; the same inputs give the same bytes. ConfigError, DataError."""
+    _check_options(options)
     sentences = _sample(_read_sentences(options), options.max_sentences)
     if not sentences:
         raise DataError(f"--input {' '.join(options.inputs)} holds no text")
@@ -63,7 +64,7 @@ def train_vocabulary(options: VocabularyOptions) -> bytes:
             # A control symbol has an id and is never found in text.
             control_symbols=[MASK_PIECE],
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise _explain(error, options.vocab_size) from error
     return model.getvalue()
 
@@ -111,7 +112,17 @@ def _sample(sentences: Iterable[str], size: int) -> list[str]:
     return sample
 
 
-def _explain(error: RuntimeError, vocab_size: int) -> ConfigError:
+def _check_options(options: VocabularyOptions) -> None:
+    num_reserved = MASK_ID + 1
+    if not num_reserved < options.vocab_size < 2**31:
+        raise ConfigError(f"--vocab-size {options.vocab_size}: {num_reserved} ids are reserved; give more, below 2^31")
+    if not 0.98 <= options.character_coverage <= 1.0:
+        raise ConfigError(f"--character-coverage {options.character_coverage}: give a share from 0.98 to 1.0")
+    if options.max_sentences < 1:
+        raise ConfigError(f"--max-sentences {options.max_sentences}: give 1 or more")
+
+
+def _explain(error: Exception, vocab_size: int) -> ConfigError:
     message = str(error)
     if largest := re.search(r"value <= (\d+)", message):
         return ConfigError(

@@ -109,7 +109,7 @@ class BiasedAttention(MegatronModule):
         if mask is None:
             return None
         allowed = ~mask
-        if self.is_causal and mask.shape[2] == 1:
+        if self.is_causal and num_queries == num_keys:  # queries at slots bring their own causal mask
             allowed = allowed & torch.ones(num_queries, num_keys, dtype=torch.bool, device=mask.device).tril()
         return allowed
 

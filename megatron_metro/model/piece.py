@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -109,9 +110,10 @@ class ChainPiece(MegatronModule):
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, ShardedTensor]:
+    ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
         """Every weight under its name in the whole model, which no layout changes."""
-        return shard_parameters(self, prefix, self.context.shard, self.context.collection)
+        is_gated = self.context.model.activation == "gated-gelu"
+        return shard_parameters(self, prefix, self.context.shard, self.context.collection, is_gated=is_gated)
 
     def forward(self, microbatch: Microbatch) -> Tensor:
         """The message [rows, b, h] for the next piece, or the summed LM loss at the end of the chain."""
@@ -246,7 +248,9 @@ class ChainPiece(MegatronModule):
             self.losses.record_rtd(whole, labels, is_real)
             slots = microbatch.masked_slots.clamp(max=whole.shape[0] - 1)
             hidden = self.losses.inject(hidden, loss)
-            payload = replace(payload, replaced_prob=whole.t().gather(1, slots).sigmoid().float())
+            # Widened first: a probability rounded to BF16 would weigh losses in steps of 1/256.
+            wide = torch.promote_types(whole.dtype, torch.float32)
+            payload = replace(payload, replaced_prob=whole.t().gather(1, slots).to(wide).sigmoid().float())
         return replace(running, payload=replace(payload, hidden=hidden))
 
     def _embed_decoder(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:

@@ -1,7 +1,9 @@
 """Where each local weight lies in the whole model's tensor: what a checkpoint needs to know of a layout."""
 
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import nn
 
 from megatron_metro.parallel.vocab_ops import VocabShard
@@ -10,14 +12,15 @@ _VOCABULARY_ROWS = ("word_embeddings.weight", "lm_head.weight", "mlm_head.output
 
 
 def shard_parameters(
-    module: nn.Module, prefix: str, shard: VocabShard, collection: ProcessGroupCollection
-) -> dict[str, ShardedTensor]:
+    module: nn.Module, prefix: str, shard: VocabShard, collection: ProcessGroupCollection, *, is_gated: bool
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """A view of every weight with its place, by name; padding of the vocabulary is left out.
 
     Read from the marks that weights carry: `tensor_model_parallel` and `partition_dim`, and `shared` on all copies of a
-    shared weight but the first, so that one copy is written.
+    shared weight but the first, so that one copy is written. `is_gated`: the first feed-forward weight holds, rank by
+    rank, the gates and then the values, which are two tensors side by side in the whole model.
     """
-    state: dict[str, ShardedTensor] = {}
+    state: dict[str, ShardedTensor | ShardedTensorFactory] = {}
     tp_rank, tp_size, dp_rank = collection.tp.rank(), collection.tp.size(), collection.dp_cp.rank()
     for name, parameter in module.named_parameters():
         is_sharded = getattr(parameter, "tensor_model_parallel", False)
@@ -30,6 +33,11 @@ def shard_parameters(
             data, global_shape[0] = data[: shard.num_real_columns], shard.vocab_size
         if data.numel() == 0:  # nothing but padding on this rank
             continue
+        replica_id = (int(getattr(parameter, "shared", False)), 0 if is_sharded else tp_rank, dp_rank)
+        if is_gated and ".linear_fc1." in name:
+            whole = ShardedTensor.from_rank_offsets(prefix + name, data, (0, tp_rank, tp_size), replica_id=replica_id)
+            state[prefix + name] = apply_swiglu_sharded_factory(whole, ())
+            continue
         state[prefix + name] = ShardedTensor(
             key=prefix + name,
             data=data,
@@ -38,6 +46,6 @@ def shard_parameters(
             global_shape=tuple(global_shape),
             global_offset=tuple(offset),
             axis_fragmentations=None,
-            replica_id=(int(getattr(parameter, "shared", False)), 0 if is_sharded else tp_rank, dp_rank),
+            replica_id=replica_id,
         )
     return state

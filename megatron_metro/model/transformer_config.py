@@ -1,11 +1,21 @@
 """From our configuration to megatron-core's: one TransformerConfig per network of the chain."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 from torch.nn import functional
 
 from megatron_metro.config.chain import Network
 from megatron_metro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gated-gelu": partial(functional.gelu, approximate="tanh"),  # as T5 v1.1 was trained
+}
 
 
 def parameter_dtype(optimizer: OptimizerConfig) -> torch.dtype:
@@ -51,7 +61,7 @@ def _architecture(model: ModelConfig, network: Network) -> dict[str, object]:
         "layernorm_epsilon": model.norm_epsilon,
         "add_bias_linear": model.add_bias_linear,
         "gated_linear_unit": model.activation == "gated-gelu",
-        "activation_func": functional.relu if model.activation == "relu" else functional.gelu,
+        "activation_func": _ACTIVATIONS[model.activation],
         # Weights come from initialisation.py, as a function of name and shape that no layout changes.
         "perform_initialization": False,
     }
@@ -83,6 +93,7 @@ def _parallelism(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, obje
         "pipeline_dtype": dtype if pipelined else None,
         "overlap_p2p_comm": overlap_p2p,
         "batch_p2p_comm": not overlap_p2p,
+        "batch_p2p_sync": False,  # torch has long ordered batched messages itself; core would stop the device
         "deallocate_pipeline_outputs": pipelined and parallel.deallocate_pipeline_outputs,
         # Boundaries differ in shape, so core must ask; our communicator answers from a table without messages.
         "variable_seq_lengths": pipelined,

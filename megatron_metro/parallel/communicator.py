@@ -17,6 +17,8 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_metro.config.errors import ConfigError
+
 Shape = tuple[int, int, int]  # rows, sequences, width
 PayloadShape = Callable[[int], Shape]  # shape of what a piece sends to the next one
 
@@ -73,7 +75,7 @@ class StaticShapeCommunicator(P2PCommunicator):
         assert config.variable_seq_lengths, "core only asks for shapes with variable_seq_lengths"
         is_interleaved = config.virtual_pipeline_model_parallel_size is not None
         if is_interleaved and pp_group.size() == 2 and not config.overlap_p2p_comm:
-            raise ValueError(
+            raise ConfigError(
                 "--no-overlap-p2p-communication: two stages with --num-virtual-stages-per-pipeline-rank "
                 f"{config.virtual_pipeline_model_parallel_size} exchange messages of both directions between the same "
                 "two ranks and would mix them; leave the overlap on"

@@ -3,6 +3,7 @@
 Rank order is Megatron's: tensor-parallel neighbours are adjacent, then data-parallel, then pipeline stages.
 """
 
+import gc
 import os
 import socket
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.schema import ParallelConfig
 from megatron_metro.device import Device
 
@@ -41,6 +43,7 @@ class ParallelGroups:
     # Everything core's layers, schedules, DDP and optimizer ask for. No embedding groups: `shared_weights` sums the
     # copies of shared weights, wherever they live, and core's own synchronisation must stay off.
     collection: ProcessGroupCollection
+    timeout: timedelta  # after which a silent peer ends the job
 
     @property
     def is_first_stage(self) -> bool:
@@ -56,12 +59,30 @@ class ParallelGroups:
         dist.destroy_process_group()
 
 
+def find_place() -> tuple[int, int]:
+    """(rank, processes) of the job that torchrun describes in the environment; (0, 1) where it describes none.
+
+    Raises ConfigError when the description has gaps: half of it is left over from another job or set by hand.
+    """
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if os.environ.get("WORLD_SIZE", "1") == "1" and "RANK" not in os.environ:
+        return 0, 1
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        found = ", ".join(f"{name}={os.environ[name]}" for name in needed if name in os.environ)
+        raise ConfigError(f"torchrun: the environment has {found} without {' and '.join(missing)}; start with torchrun")
+    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise ConfigError(f"torchrun: RANK={rank} of WORLD_SIZE={world_size} is no place; start with torchrun")
+    return int(rank), int(world_size)
+
+
 def initialise(parallel: ParallelConfig, device: Device, timeout: timedelta = DEFAULT_TIMEOUT) -> ParallelGroups:
     """Join the job that torchrun describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or start a job of one process.
 
-    Raises ValueError when the number of processes does not fit the layout.
+    Raises ConfigError when the number of processes does not fit the layout.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world_size = find_place()
     _check_world_size(parallel, world_size)
     if "RANK" in os.environ:
         _bind_to_loopback_on_one_node(world_size)
@@ -75,6 +96,7 @@ def reinitialise(parallel: ParallelConfig, timeout: timedelta = DEFAULT_TIMEOUT)
     """Leave the present layout and take up another in the living processes; all of them call it together."""
     _check_world_size(parallel, dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
+        gc.collect()  # a group ends with its last reference, and models hold theirs in reference cycles
         dist.barrier()  # nobody may still be receiving from a group that is about to close
         _destroy_model_parallel()
     return _initialise_model_parallel(parallel, timeout)
@@ -87,9 +109,9 @@ def single_process(device: Device) -> ParallelGroups:
     return initialise(ParallelConfig(), device)
 
 
-def new_group(ranks: Sequence[int]) -> ProcessGroup | None:
+def new_group(ranks: Sequence[int], timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessGroup | None:
     """A further group of global ranks; None for a process outside it. Every process calls it, in the same order."""
-    group = dist.new_group(list(ranks))
+    group = dist.new_group(list(ranks), timeout=timeout)
     return group if dist.get_rank() in ranks else None
 
 
@@ -113,7 +135,7 @@ def barrier(group: ProcessGroup | None = None) -> None:
 def _check_world_size(parallel: ParallelConfig, world_size: int) -> None:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tp * pp) != 0:
-        raise ValueError(
+        raise ConfigError(
             f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} does not divide the "
             f"{world_size} processes of this job; start a multiple of {tp * pp}"
         )
@@ -160,6 +182,7 @@ def _initialise_model_parallel(parallel: ParallelConfig, timeout: timedelta) -> 
         dp_group=collection.dp,
         model_group=collection.mp,
         collection=collection,
+        timeout=timeout,
     )
 
 

@@ -100,17 +100,26 @@ def parse(text: str, chain: Sequence[Unit], pp_size: int, vpp_size: int = 1) -> 
 
 
 def balance(
-    chain: Sequence[Unit], costs: Sequence[float], bytes_after: Sequence[float], pp_size: int, vpp_size: int = 1
+    chain: Sequence[Unit],
+    costs: Sequence[float],
+    bytes_after: Sequence[float],
+    pp_size: int,
+    vpp_size: int = 1,
+    extra_if_cut: Sequence[float] | None = None,
 ) -> StageLayout:
     """The layout whose costliest piece is as cheap as any layout's; among those, the one that sends the fewest bytes.
 
     `costs[i]` is the cost of unit i and `bytes_after[i]` the size of the message that leaves a piece ending with it
-    (the last one is not read). Exact: dynamic programming over (pieces, units), once for each of the two criteria.
+    (the last one is not read). A piece that ends with unit i before the end of the chain pays `extra_if_cut[i]` as
+    well. Exact: dynamic programming over (pieces, units), once for each of the two criteria.
     """
     check_sizes(len(chain), pp_size, vpp_size)
     num_pieces = pp_size * vpp_size
-    limit = _smallest_maximum(costs, num_pieces)
-    cuts = _cheapest_cuts(costs, bytes_after, num_pieces, limit * (1 + 1e-12))
+    prefix = [0.0, *accumulate(costs)]  # of the first n units
+    extras = [0.0] * len(chain) if extra_if_cut is None else [*extra_if_cut[:-1], 0.0]
+    ends = [total + extra for total, extra in zip(prefix, [0.0, *extras])]  # and when a piece ends there
+    limit = _smallest_maximum(prefix, ends, num_pieces)
+    cuts = _cheapest_cuts(prefix, ends, bytes_after, num_pieces, limit * (1 + 1e-12))
     return _cut(chain, cuts, pp_size, vpp_size)
 
 
@@ -227,32 +236,32 @@ def _nearest(written: Sequence[str], chain: Sequence[Unit], pp_size: int, vpp_si
     return _cut(chain, cuts, pp_size, vpp_size)
 
 
-def _smallest_maximum(costs: Sequence[float], num_pieces: int) -> float:
-    """Cost of the costliest piece in the best cut of the chain."""
-    prefix = [0.0, *accumulate(costs)]
-    num_units = len(costs)
-    best = prefix[:]  # best[n]: the first n units in the pieces counted so far
+def _smallest_maximum(prefix: Sequence[float], ends: Sequence[float], num_pieces: int) -> float:
+    """Cost of the costliest piece in the best cut of the chain, where units m to n - 1 cost ends[n] - prefix[m]."""
+    num_units = len(prefix) - 1
+    best = list(ends)  # best[n]: the first n units in the pieces counted so far
     for pieces in range(2, num_pieces + 1):
         best = [
-            min((max(best[m], prefix[n] - prefix[m]) for m in range(pieces - 1, n)), default=float("inf"))
+            min((max(best[m], ends[n] - prefix[m]) for m in range(pieces - 1, n)), default=float("inf"))
             for n in range(num_units + 1)
         ]
     return best[num_units]
 
 
-def _cheapest_cuts(costs: Sequence[float], bytes_after: Sequence[float], num_pieces: int, limit: float) -> list[int]:
+def _cheapest_cuts(
+    prefix: Sequence[float], ends: Sequence[float], bytes_after: Sequence[float], num_pieces: int, limit: float
+) -> list[int]:
     """Cuts that send the fewest bytes while no piece costs more than `limit`."""
-    prefix = [0.0, *accumulate(costs)]
-    num_units = len(costs)
+    num_units = len(prefix) - 1
     nothing_sent: list[int] = []
-    best = [(0.0 if end <= limit else float("inf"), nothing_sent) for end in prefix]
+    best = [(0.0 if end <= limit else float("inf"), nothing_sent) for end in ends]
     for pieces in range(2, num_pieces + 1):
         best = [
             min(
                 (
                     (best[m][0] + bytes_after[m - 1], [*best[m][1], m])
                     for m in range(pieces - 1, n)
-                    if prefix[n] - prefix[m] <= limit and best[m][0] < float("inf")
+                    if ends[n] - prefix[m] <= limit and best[m][0] < float("inf")
                 ),
                 default=(float("inf"), []),
             )

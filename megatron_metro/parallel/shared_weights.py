@@ -4,6 +4,7 @@ The one registry of holders, over stages and over the chunks of one rank (design
 same initial values and sees the same gradient, so the copies stay bit-equal.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,13 @@ class SharedWeights:
                 _mark(parameter, is_counted=piece == pieces[0])
             if copies:
                 self._shared.append(_Shared(name, tuple(parameter for _, parameter in copies), created[pp_ranks]))
+        # Also when the registry is dropped without `close`; at the end of the process torch ends all groups itself.
+        self._end_groups = weakref.finalize(self, _end_groups, [group for group in created.values() if group])
+        self._end_groups.atexit = False
+
+    def close(self) -> None:
+        """End the registry's own process groups; a living process that builds many models would pile them up."""
+        self._end_groups()
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
@@ -92,6 +100,12 @@ def _bits(parameter: nn.Parameter) -> Tensor:
     return bits.int() if integers is torch.int16 else bits  # no backend reduces 16-bit integers
 
 
+def _end_groups(groups: list[torch.distributed.ProcessGroup]) -> None:
+    for group in groups:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(group)
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
     gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
     return gradient
@@ -112,5 +126,5 @@ def _create_group(pp_ranks: tuple[int, ...], groups: ParallelGroups) -> torch.di
         [start + stage * groups.tp_size * groups.dp_size for stage in pp_ranks]
         for start in range(groups.tp_size * groups.dp_size)
     ]
-    created = [new_group(ranks) for ranks in pipelines]
+    created = [new_group(ranks, groups.timeout) for ranks in pipelines]
     return next((group for group in created if group is not None), None)

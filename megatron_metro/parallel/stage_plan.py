@@ -17,7 +17,8 @@ class PieceReport:
     chunk: int
     units: tuple[Unit, ...]
     parameters: int  # before tensor parallelism; a copy of a shared weight counts
-    forward_flops: float  # per sequence
+    work: float  # per microbatch, forward and backward, in FLOPs: predicts its time (analysis.cost)
+    forward_flops: float  # per sequence, as this very piece runs its units
     bytes_sent: int  # per microbatch, forward; the backward message is as large
 
 
@@ -35,6 +36,12 @@ class StagePlan:
         """FLOPs of the costliest piece over the mean of the pieces; 1 is perfect."""
         flops = [piece.forward_flops for piece in self.pieces]
         return max(flops) * len(flops) / sum(flops)
+
+    @property
+    def time_imbalance(self) -> float:
+        """The same of predicted times."""
+        work = [piece.work for piece in self.pieces]
+        return max(work) * len(work) / sum(work)
 
     @property
     def rank_imbalance(self) -> float:
@@ -64,14 +71,17 @@ def plan_stages(config: RunConfig, num_microbatches: int) -> StagePlan:
     pieces = []
     for index, units in enumerate(layout.pieces):
         rank, chunk = layout.place(index)
+        held = [cost_of[unit] for unit in units]
+        is_cut = not layout.is_last(index)
         pieces.append(
             PieceReport(
                 rank=rank,
                 chunk=chunk,
                 units=units,
                 parameters=count_parameters(units, config.model),
-                forward_flops=sum(cost_of[unit].forward_flops for unit in units),
-                bytes_sent=cost_of[units[-1]].bytes_sent,
+                work=sum(cost.work for cost in held) + held[-1].extra_work_if_cut * is_cut,
+                forward_flops=sum(cost.forward_flops for cost in held) + held[-1].extra_flops_if_cut * is_cut,
+                bytes_sent=held[-1].bytes_sent,
             )
         )
     return StagePlan(
@@ -84,20 +94,21 @@ def plan_stages(config: RunConfig, num_microbatches: int) -> StagePlan:
 
 def format_stages(plan: StagePlan) -> str:
     """The plan as a Markdown table and the flag that reproduces its layout."""
-    total = sum(piece.forward_flops for piece in plan.pieces)
+    total_flops, total_work = (sum(getattr(p, name) for p in plan.pieces) for name in ("forward_flops", "work"))
     lines = [
-        "| piece | rank | chunk | units | parameters | FLOPs | bytes sent |",
-        "|---:|---:|---:|:---|---:|---:|---:|",
+        "| piece | rank | chunk | units | parameters | FLOPs | time | bytes sent |",
+        "|---:|---:|---:|:---|---:|---:|---:|---:|",
     ]
     for index, piece in enumerate(plan.pieces):
         lines.append(
             f"| {index} | {piece.rank} | {piece.chunk} | {format_units(piece.units)} | {piece.parameters:,} "
-            f"| {100 * piece.forward_flops / total:.2f} % | {piece.bytes_sent:,} |"
+            f"| {100 * piece.forward_flops / total_flops:.2f} % | {100 * piece.work / total_work:.2f} % "
+            f"| {piece.bytes_sent:,} |"
         )
     lines += [
         "",
         f"parameters of the model: {plan.num_parameters:,} (copies of shared weights counted once)",
-        f"largest/mean piece: {plan.imbalance:.4f}",
+        f"largest/mean piece: {plan.imbalance:.4f} (predicted times: {plan.time_imbalance:.4f})",
         f"largest/mean rank: {plan.rank_imbalance:.4f}",
         f"theoretical bubble at {plan.num_microbatches} microbatches: {100 * plan.bubble:.2f} %",
         f'--pipeline-model-parallel-layout "{plan.layout.format()}"',
@@ -120,5 +131,11 @@ def _cut_by_hand_or_cost(config: RunConfig, costs: tuple[UnitCost, ...]) -> Stag
     pp_size, vpp_size = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     if parallel.pipeline_model_parallel_layout is not None:
         return parse(parallel.pipeline_model_parallel_layout, chain, pp_size, vpp_size)
-    flops = [cost.forward_flops for cost in costs]
-    return balance(chain, flops, [cost.bytes_sent for cost in costs], pp_size, vpp_size)
+    return balance(
+        chain,
+        [cost.forward_flops for cost in costs],
+        [cost.bytes_sent for cost in costs],
+        pp_size,
+        vpp_size,
+        extra_if_cut=[cost.extra_flops_if_cut for cost in costs],
+    )

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_metro.config.errors import ConfigError
+
 CHUNK_SIZE = 128
 _MINUS_INFINITY = float("-inf")
 # Elements handled at once, so that temporaries stay in a CPU's cache and stay small beside the logits on a GPU.
@@ -34,7 +36,7 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         if self.padded_size % (self.size * CHUNK_SIZE) or not 0 < self.vocab_size <= self.padded_size:
-            raise ValueError(
+            raise ConfigError(
                 f"padded vocabulary size {self.padded_size} must be a multiple of {CHUNK_SIZE} x {self.size} ranks and "
                 f"at least the vocabulary size {self.vocab_size}; change --make-vocab-size-divisible-by"
             )

@@ -43,6 +43,11 @@ def find_step(checkpoint: CheckpointConfig) -> Path | None:
     """
     assert checkpoint.load is not None
     folder = Path(checkpoint.load)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"--load {folder}: is a file; name the folder that a run saved into")
+    if (folder / _STATE_FILE).is_file():
+        number = folder.name.removeprefix("iter_").lstrip("0") or "0"
+        raise CheckpointError(f"--load {folder}: is one step; give --load {folder.parent} --ckpt-step {number}")
     iteration = checkpoint.ckpt_step if checkpoint.ckpt_step is not None else _read_tracker(folder)
     if iteration is None:
         if checkpoint.exit_on_missing_checkpoint:
@@ -111,7 +116,7 @@ def read_document(folder: Path) -> dict[str, Any]:
     path = folder / _STATE_FILE
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = document["version"]
+        found, _ = document["version"], int(document["train"]["iteration"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not the state of a run ({first_line(error)}); choose another step") from error
     if found != STATE_VERSION:

@@ -81,6 +81,12 @@ class Engine:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
 
+    def close(self) -> None:
+        """Let go of process groups and of the hooks that tie the engine to megatron-core's configuration."""
+        self.shared.close()
+        for hook in ("grad_scale", "finalize_model_grads", "no_sync", "grad_sync", "param_sync"):
+            setattr(self.core_config, f"{hook}_func", None)
+
     def _run(self, microbatches: Sequence[Microbatch], *, forward_only: bool) -> StepLosses:
         """All microbatches through the schedule; the loss terms of all stages, summed over the world."""
         counts = all_reduce_sum(count_tokens(microbatches), self.groups.dp_group)

@@ -1,6 +1,8 @@
 """fit(): load, step, report, validate, save. Reads top to bottom."""
 
+import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +13,8 @@ from megatron_metro.analysis.cost import step_flops
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.batches import batch_size_at, count_steps, list_batch_sizes
 from megatron_metro.config.cli import format_config, save_config
-from megatron_metro.config.errors import ConfigError, MetroError
+from megatron_metro.config.errors import MetroError
+from megatron_metro.config.files import check_writable
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.validation import data_parallel_size, require_training_inputs
 from megatron_metro.data.loader import StepLoader, build_loaders
@@ -21,7 +24,7 @@ from megatron_metro.parallel.groups import ParallelGroups, initialise
 from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import Tokenizer, load_tokenizer
 from megatron_metro.training.checkpoint import load_checkpoint, save_checkpoint
-from megatron_metro.training.checkpoint_folder import check_save_folder
+from megatron_metro.training.checkpoint_folder import check_save_folder, find_step, read_document
 from megatron_metro.training.engine import Engine, StepResult
 from megatron_metro.training.optimizer import parameter_norm, set_learning_rate
 from megatron_metro.training.reporting import Reporter, StepReport, check_tensorboard
@@ -35,15 +38,23 @@ class Window:
     """What happened since the last log line."""
 
     results: list[StepResult] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=list)  # global; they grow during a ramp-up
 
     def mean_metrics(self) -> dict[str, float]:
         """Mean of each number over the steps."""
-        names = self.results[-1].metrics
-        return {name: sum(result.metrics[name] for result in self.results) / len(self.results) for name in names}
+        # A step without a single masked token has no numbers of the generator's.
+        names = dict.fromkeys(name for result in self.results for name in result.metrics)
+        values = {name: [result.metrics[name] for result in self.results if name in result.metrics] for name in names}
+        return {name: sum(found) / len(found) for name, found in values.items()}
 
     @property
     def num_skipped(self) -> int:
         return sum(not result.outcome.updated for result in self.results)
+
+    @property
+    def num_nan(self) -> int:
+        """Steps whose gradient was not finite; under a dynamic loss scale that is no fault."""
+        return sum(not math.isfinite(result.outcome.grad_norm) for result in self.results)
 
 
 def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
@@ -53,31 +64,51 @@ def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
     """
     require_training_inputs(run)
     check_tensorboard(run.logging)
+    device = activate(run.training.device, run.parallel.distributed_backend)
+    if device.kind == "cpu":
+        torch.set_float32_matmul_precision(run.training.cpu_matmul_precision)
+    torch.use_deterministic_algorithms(run.training.deterministic_mode)
     tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
-    run = fit_vocabulary(run, tokenizer)
+    run = fit_to_machine(run, tokenizer, device)
     plan_layout(run)
     tp_size = run.parallel.tensor_model_parallel_size
     dp_size = data_parallel_size(run.parallel, world_size)
     train_loader, valid_loader = build_loaders(run, tokenizer, rank // tp_size % dp_size, dp_size)
-    device = activate(run.training.device, run.parallel.distributed_backend)
-    torch.set_float32_matmul_precision(run.training.cpu_matmul_precision)
-    groups = initialise(run.parallel, device, timedelta(minutes=run.parallel.distributed_timeout_minutes))
-    try:
-        Trainer(run, device, groups, tokenizer, train_loader, valid_loader).fit()
-    finally:
-        train_loader.close()
+    with closing(train_loader):
+        check_folders(run)
+        groups = initialise(run.parallel, device, timedelta(minutes=run.parallel.distributed_timeout_minutes))
+        try:
+            Trainer(run, device, groups, tokenizer, train_loader, valid_loader).fit()
+        except MetroError:  # on every rank alike; after any other error peers may wait in a collective, so just end
+            groups.destroy()
+            raise
         groups.destroy()
 
 
-def fit_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """The run with the tokenizer's vocabulary size; ConfigError where --vocab-size says another."""
-    if run.model.vocab_size not in (None, tokenizer.vocab_size):
-        raise ConfigError(
-            f"--vocab-size {run.model.vocab_size} is not the tokenizer's {tokenizer.vocab_size} "
-            f"(--vocab-extra-ids {run.tokenizer.vocab_extra_ids} included); leave --vocab-size out, or give the "
-            "tokenizer the model was made for"
-        )
-    return replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
+def fit_to_machine(run: RunConfig, tokenizer: Tokenizer, device: Device) -> RunConfig:
+    """The run with what a configuration alone cannot know: the tokenizer's vocabulary size, workers that suit."""
+    num_workers = run.data.num_workers
+    if num_workers is None:
+        num_workers = 2 if device.kind == "cuda" else 0
+    return replace(
+        run,
+        model=replace(run.model, vocab_size=tokenizer.vocab_size),
+        data=replace(run.data, num_workers=num_workers),
+    )
+
+
+def check_folders(run: RunConfig) -> None:
+    """Find out before anything starts that --load has the step, that --save is not beyond it and can be written."""
+    checkpoint, iteration = run.checkpoint, 0
+    if checkpoint.load is not None:
+        step = find_step(checkpoint)
+        if step is not None and not checkpoint.finetune:
+            iteration = read_document(step)["train"]["iteration"]
+    if checkpoint.save is not None:
+        check_save_folder(checkpoint.save, iteration)
+        check_writable(Path(checkpoint.save), "--save")
+    if run.logging.tensorboard_dir is not None:
+        check_writable(Path(run.logging.tensorboard_dir), "--tensorboard-dir")
 
 
 class Trainer:
@@ -110,7 +141,8 @@ class Trainer:
         window = Window()
         self.timer.start()
         while not self._is_finished():
-            window.results.append(self._step())
+            window.batch_sizes.append(batch_size_at(self.run.training, self.state.consumed_samples))
+            window.results.append(self._step(window.batch_sizes[-1]))
             self.reporter.advance(self.state.iteration)
             if self.state.iteration % self.run.logging.log_interval == 0 or self._is_finished():
                 self._report(window)
@@ -123,17 +155,27 @@ class Trainer:
     def _announce(self) -> None:
         self.reporter.message(format_config(self.run))
         self.reporter.message(f"layout: {self.engine.layout.format()}")
+        self.reporter.message(self._describe_start())
         if self.run.checkpoint.save is not None and self.groups.rank == 0:
             save_config(self.run, Path(self.run.checkpoint.save) / "config.yaml")
+
+    def _describe_start(self) -> str:
+        """Where the run begins, and from what: a mistyped --load must not pass for a resumed run."""
+        load, iteration = self.run.checkpoint.load, self.state.iteration
+        if load is None:
+            return "starting from random weights"
+        if not self._has_loaded:
+            return f"WARNING: --load {load} holds no checkpoint; starting from random weights"
+        left = max(0, self.train_iters - iteration)
+        return f"successfully loaded checkpoint from {load} at iteration {iteration}: {left} iterations are left"
 
     def _is_finished(self) -> bool:
         exit_interval, iteration = self.run.training.exit_interval, self.state.iteration
         is_told_to_exit = exit_interval is not None and self._has_stepped and iteration % exit_interval == 0
         return iteration >= self.train_iters or is_told_to_exit
 
-    def _step(self) -> StepResult:
+    def _step(self, batch_size: int) -> StepResult:
         """One optimizer step on the next global batch; the rate is that of the updates completed before it."""
-        batch_size = batch_size_at(self.run.training, self.state.consumed_samples)
         microbatches = self._microbatches(self.train_loader, batch_size)
         set_learning_rate(self.engine.optimizer, self._learning_rate())
         result = self.engine.train_step(microbatches)
@@ -155,23 +197,22 @@ class Trainer:
         return [microbatch.to(self.device.torch_device) for microbatch in loader.next_step(count)]
 
     def _report(self, window: Window) -> None:
-        seconds = self.timer.lap() / len(window.results)
-        last, batch_size = window.results[-1].outcome, batch_size_at(self.run.training, self.state.consumed_samples)
+        seconds, last = self.timer.lap(), window.results[-1].outcome
         logging, optimizer = self.run.logging, self.run.optimizer
         tflops = None
         if logging.log_throughput:
-            tflops = tflops_per_device(step_flops(self.run, batch_size), seconds, self.groups.world_size)
+            tflops = tflops_per_device(step_flops(self.run, sum(window.batch_sizes)), seconds, self.groups.world_size)
         self.reporter.step(
             StepReport(
                 iteration=self.state.iteration,
                 consumed_samples=self.state.consumed_samples,
                 learning_rate=self._learning_rate(),
-                global_batch_size=batch_size,
+                global_batch_size=window.batch_sizes[-1],
                 metrics=window.mean_metrics(),
                 loss_scale=last.loss_scale,
                 grad_norm=last.grad_norm,
                 params_norm=parameter_norm(self.engine.optimizer) if logging.log_params_norm else None,
-                seconds_per_iteration=seconds,
+                seconds_per_iteration=seconds / len(window.results),
                 tflops_per_device=tflops,
                 peak_tflops=peak_tflops(
                     torch.cuda.get_device_name() if self.device.kind == "cuda" else None,
@@ -179,6 +220,7 @@ class Trainer:
                     override=logging.peak_tflops,
                 ),
                 num_skipped=window.num_skipped,
+                num_nan=window.num_nan,
             )
         )
 
@@ -220,6 +262,7 @@ class Trainer:
         state = None
         if self.run.checkpoint.load is not None:
             state = load_checkpoint(self.run, self.engine.chunks, self.engine.optimizer, self.groups)
+        self._has_loaded = state is not None
         state = state or TrainState()
         if self.run.checkpoint.save is not None:
             check_save_folder(self.run.checkpoint.save, state.iteration)

@@ -39,6 +39,8 @@ def ddp_config(optimizer: OptimizerConfig, parallel: ParallelConfig) -> Distribu
         grad_reduce_in_fp32=optimizer.bf16 or optimizer.fp16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        # The interleaved schedule starts every chunk's gathers itself; the hooks of core's modules must not do it too.
+        align_param_gather=parallel.num_virtual_stages_per_pipeline_rank > 1,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         # `optimizer_step` looks at the norm of the reduced gradients instead and skips the update on every rank; core's
         # check ends one rank before the reduction and leaves the others waiting.

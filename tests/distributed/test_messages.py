@@ -115,18 +115,17 @@ def pipeline(layout: str, pp: int, vpp: int = 1, tp: int = 1) -> ParallelConfig:
     )
 
 
-# Cuts in the middle of every network and at every seam: after the sampling unit, the RTD head and the embedding.
+# Cuts in the middle of every network and at every seam: after the sampling unit, the RTD head and the embedding. Three
+# stages are in the full tier, since they need processes of their own.
 CASES = {
-    "tp2sp-pp2-fp32": (4, make_case(pipeline("GggMe|eRDddL", 2, tp=2))),
-    "tp2sp-pp2x2-bf16": (4, make_case(pipeline("Gg|gMeeR|D|ddL", 2, 2, tp=2), bf16=True)),
-    "pp4-fp32-three-digits": (4, make_case(pipeline("Ggg|Mee|RDd|dL", 4), vocab_size=65_537, micro_batch_size=6)),
-    "pp4x2-bf16": (4, make_case(pipeline("G|gg|M|e|eR|D|dd|L", 4, 2), bf16=True, micro_batch_size=3)),
-    "pp2x2-dp2-spans-fp32": (4, make_case(pipeline("E|ee|Dd|dL", 2, 2), spans=True, micro_batch_size=1)),
-    "pp3x2-fp32": (3, make_case(pipeline("Gg|gM|ee|R|Dd|dL", 3, 2))),
+    "tp2sp-pp2-fp32": make_case(pipeline("GggMe|eRDddL", 2, tp=2)),
+    "tp2sp-pp2x2-bf16": make_case(pipeline("Gg|gMeeR|D|ddL", 2, 2, tp=2), bf16=True),
+    "pp4-fp32-three-digits": make_case(pipeline("Ggg|Mee|RDd|dL", 4), vocab_size=65_537, micro_batch_size=6),
+    "pp4x2-bf16": make_case(pipeline("G|gg|M|e|eR|D|dd|L", 4, 2), bf16=True, micro_batch_size=3),
+    "pp2x2-dp2-spans-fp32": make_case(pipeline("E|ee|Dd|dL", 2, 2), spans=True, micro_batch_size=1),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_messages_are_the_planned_ones(name: str, pool: Pool) -> None:
-    world_size, case = CASES[name]
-    check_traffic(case, pool(world_size).run(measure_traffic, case))
+    check_traffic(CASES[name], pool(4).run(measure_traffic, CASES[name]))

@@ -11,7 +11,11 @@ from tests.helpers.stress import StressRun, check_stress_run, draw_stress_runs
 Pool = Callable[[int], WorkerPool]
 
 
-@pytest.mark.parametrize("stress_run", draw_stress_runs(12, seed=1), ids=lambda drawn: drawn.name)
+# Two processes have runs of their own in the full tier; here each further number of processes costs more than its runs.
+SAMPLE = [drawn for drawn in draw_stress_runs(16, seed=1) if drawn.world_size > 2]
+
+
+@pytest.mark.parametrize("stress_run", SAMPLE, ids=lambda drawn: drawn.name)
 def test_random_pipeline(stress_run: StressRun, pool: Pool, groups: ParallelGroups) -> None:
     check_stress_run(stress_run, pool(stress_run.world_size))
 

@@ -80,7 +80,6 @@ def fp32() -> list[tuple[Arrays, dict[str, float], float]]:
 
 @cases(
     make_case(PP2_DP2, fp16=True, loss_scale=256.0),
-    make_case(PP2_DP2_SHARDED, fp16=True, loss_scale=64.0),
     make_case(PP2X2_DP2_SHARDED, fp16=True, loss_scale=256.0),
     make_case(PP2_TP2, fp16=True, loss_scale=64.0),
     make_case(PP2X2_DP2_SHARDED, bf16=True),
@@ -143,9 +142,7 @@ TOO_LARGE = ObjectiveConfig(mlm_loss_weight=3e38)
 
 @cases(
     make_case(PP2_DP2, fp16=True, loss_scale=2.0**40),
-    make_case(PP2_DP2_SHARDED, fp16=True, loss_scale=2.0**40),
     make_case(PP4X2, fp16=True, loss_scale=2.0**40),
-    make_case(PP2_DP2, TOO_LARGE, bf16=True),
     make_case(PP2X2_DP2_SHARDED, TOO_LARGE, bf16=True),
     make_case(PP4X2, TOO_LARGE),
 )
@@ -167,12 +164,12 @@ def lower_the_scale(case: Case) -> list[tuple[bool, float]]:
 
 
 def test_the_dynamic_scale_falls_alike_until_a_step_fits(pool: Pool) -> None:
-    case = replace(make_case(PP2X2_DP2_SHARDED, fp16=True, initial_loss_scale=2.0**24), micro_batch_size=3)
+    case = replace(make_case(PP2X2_DP2_SHARDED, fp16=True, initial_loss_scale=2.0**16), micro_batch_size=3)
     first, *others = pool(4).run(lower_the_scale, case)
     assert all(steps == first for steps in others)
     scales = [scale for _, scale in first]
     assert first[-1][0] and len(first) > 2
-    assert scales == sorted(scales, reverse=True) and scales[0] == 2.0**24 and scales[-1] < scales[0]
+    assert scales == sorted(scales, reverse=True) and scales[0] == 2.0**16 and scales[-1] < scales[0]
 
 
 def evaluate_between_steps(case: Case) -> dict[str, Any]:

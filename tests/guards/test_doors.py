@@ -21,7 +21,7 @@ DOORS = {
     "transformers": ("megatron_metro/conversion/", "tools/"),
     "safetensors": ("megatron_metro/conversion/",),
     "datasets": ("megatron_metro/tasks/",),
-    "argparse": ("megatron_metro/config/cli.py", "tools/", "examples/"),
+    "argparse": ("megatron_metro/config/cli.py", "megatron_metro/config/parser.py", "tools/", "examples/"),
     "os.environ": ("megatron_metro/device.py", "megatron_metro/parallel/groups.py", "tools/"),
     "os.getenv": ("megatron_metro/device.py", "megatron_metro/parallel/groups.py", "tools/"),
     "os.putenv": (),

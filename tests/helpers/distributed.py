@@ -7,6 +7,7 @@ reported with every rank's traceback. Arguments and results travel by pickle; fu
 import atexit
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -42,11 +43,12 @@ class WorkerPool:
     """`world_size` living processes joined in one gloo group; a failed pool starts afresh on its next `run`.
 
     A worker activates the CPU device and joins torch.distributed with one-way layout TP=PP=1; functions take up other
-    layouts with `megatron_metro.parallel.groups.reinitialise`.
+    layouts with `megatron_metro.parallel.groups.reinitialise`. The first tier keeps to four processes; the full tier
+    raises `max_world_size`.
     """
 
-    def __init__(self, world_size: int) -> None:
-        assert 1 <= world_size <= 4, "tests share two cores"
+    def __init__(self, world_size: int, *, max_world_size: int = 4) -> None:
+        assert 1 <= world_size <= max_world_size, "tests share two cores"
         self.world_size = world_size
         self._processes: list[BaseProcess] = []
         self._pipes: list[connection.Connection] = []
@@ -193,10 +195,14 @@ def _serve(pipe: connection.Connection, rank: int, world_size: int, port: int, s
         except Exception:  # noqa: BLE001 (whatever it is, the test process reports it)
             pipe.send(_Answer(error=traceback.format_exc()))
             return
+        gc.collect()
+        gc.freeze()  # what has been imported stays: collections need not look at it
         pipe.send(_Answer())  # ready
         try:
             while (job := _next_job(pipe)) is not None:
                 pipe.send(_answer(*job))
+                # Closed process groups keep dozens of threads until the cycles that a training engine is part of go.
+                gc.collect()
         finally:
             groups.destroy()
 

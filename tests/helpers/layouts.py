@@ -1,18 +1,20 @@
 """Every way to lay a run over a few processes, as rows of the parity matrix."""
 
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import torch
 
+from megatron_metro.config.chain import build_chain
 from megatron_metro.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_metro.parallel.layout import StageLayout
 from tests.helpers import tiny
 from tests.helpers.parity import GLOBAL_BATCH_SIZE, Case
 
-# What FP32 rows change of design section 5, because at its lr 1e-3 one rounding of a norm weight near 1 (1.2e-7)
-# already is 2.4e-5 of the five-step update 5e-3; and because Adam turns the rounding noise of gradients that are zero in theory
-# (those of key biases) into updates of full size unless epsilon stands well above that noise.
+# What FP32 rows change of design section 5. At its lr 1e-3 one rounding of a norm weight near 1 (1.2e-7) already is
+# 2.4e-5 of the five-step update 5e-3. And Adam turns the rounding noise of gradients that are zero in theory (those of
+# key biases) into updates of full size unless epsilon stands well above that noise.
 FP32_OPTIMIZER = {"lr": 1e-1, "adam_eps": 1e-3}
 
 
@@ -27,12 +29,15 @@ class Row:
     dp: int = 1
     micro_batch_size: int = 2
     distributed_optimizer: bool = False  # in FP32: core's distributed optimizer refuses float64
+    single_precision: bool = False  # FP32 without it too
     overlap: bool = False  # of gradient reduction, and of the parameter gather under the distributed optimizer
     recompute: str | None = None
     padded: bool = False
     spans: bool = False
     layout: str | None = None
+    num_steps: int = 5
     model: dict[str, Any] = field(default_factory=dict)
+    model_name: str | None = None  # stands for `model` in the row's name
     objective: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,23 +53,28 @@ class Row:
         """Short, for test ids and tables."""
         parts = [f"tp{self.tp}{'sp' if self.sp else ''}", f"pp{self.pp}x{self.vpp}", f"dp{self.dp}"]
         parts.append(f"m{self.num_microbatches}")
-        parts += ["dist-opt"] if self.distributed_optimizer else []
+        parts += ["dist-opt"] if self.distributed_optimizer else ["fp32"] if self.single_precision else []
         parts += ["overlap"] if self.overlap else []
         parts += [self.recompute] if self.recompute else []
         parts += ["padded"] if self.padded else []
         parts += ["spans"] if self.spans else []
         parts += [self.layout] if self.layout else []
-        parts += [f"{k}={v}" for k, v in {**self.model, **self.objective}.items()]
+        parts += [self.model_name] if self.model_name else [f"{k}={v}" for k, v in self.model.items()]
+        parts += [f"{k}={v}" for k, v in self.objective.items()]
         return " ".join(parts)
 
     @property
+    def is_single(self) -> bool:
+        return self.distributed_optimizer or self.single_precision
+
+    @property
     def dtype(self) -> torch.dtype:
-        return torch.float32 if self.distributed_optimizer else torch.float64
+        return torch.float32 if self.is_single else torch.float64
 
     @property
     def tolerance(self) -> float:
         """Design section 5: float64 1e-9; FP32 1e-5 where core refuses float64."""
-        return 1e-5 if self.distributed_optimizer else 1e-9
+        return 1e-5 if self.is_single else 1e-9
 
     def case(self) -> Case:
         """What the processes run."""
@@ -87,34 +97,138 @@ class Row:
 
     def reference_key(self) -> str:
         """Rows with equal keys share a reference."""
-        return repr((self.dtype, self.padded, self.spans, self.model, self.objective))
+        return repr((self.dtype, self.num_steps, self.padded, self.spans, self.model, self.objective))
 
     def _case(self, parallel: ParallelConfig) -> Case:
         model: ModelConfig = tiny.tiny_model(**self.model)
-        optimizer = FP32_OPTIMIZER if self.distributed_optimizer else {}
+        optimizer = FP32_OPTIMIZER if self.is_single else {}
         run = tiny.tiny_run(model, parallel, ObjectiveConfig(**self.objective), **optimizer)
         return Case(
             run=run,
             micro_batch_size=self.micro_batch_size,
             dtype=self.dtype,
+            num_steps=self.num_steps,
             padded=self.padded,
             spans=self.spans,
             layout=self.layout,
         )
 
 
+# Three ranks share six heads; the sequences of 16 tokens are in no three parts, so without sequence parallelism.
+DIVISIBLE_BY_THREE = {"hidden_size": 24, "ffn_hidden_size": 48, "num_attention_heads": 6}
+
+
 def all_rows(world_size: int) -> list[Row]:
     """Every (TP, SP, PP, VPP, DP, number of microbatches) of so many processes that megatron-core's schedules take."""
     rows = []
-    for tp, pp in product((1, 2, 4), (1, 2, 3, 4)):
+    for tp, pp in product((1, 2, 3, 4), (1, 2, 3, 4)):
         if world_size % (tp * pp):
             continue
         dp = world_size // (tp * pp)
-        for sp, vpp, size in product((False, True), (1, 2, 3, 4), (1, 2, 3, 6, 12)):
+        for sp, vpp, size in product((False, True), (1, 2, 3, 4, 5), (1, 2, 3, 4, 6, 12)):
             count, rest = divmod(GLOBAL_BATCH_SIZE, size * dp)
-            if rest or count == 0 or (sp and tp == 1) or (vpp > 1 and (pp == 1 or count % pp)):
+            if rest or count == 0 or (sp and tp in (1, 3)) or (vpp > 1 and (pp == 1 or count % pp)):
                 continue
             if pp * vpp > 11:  # the tiny chain has 11 units
                 continue
-            rows.append(Row(tp=tp, sp=sp, pp=pp, vpp=vpp, dp=dp, micro_batch_size=size))
+            model = DIVISIBLE_BY_THREE if tp == 3 else {}
+            name = "six heads" if tp == 3 else None
+            rows.append(Row(tp=tp, sp=sp, pp=pp, vpp=vpp, dp=dp, micro_batch_size=size, model=model, model_name=name))
     return rows
+
+
+def overlap_rows(world_size: int) -> list[Row]:
+    """Every row with data parallelism again, in three ways of reducing gradients."""
+    return [
+        replace(row, distributed_optimizer=distributed_optimizer, overlap=overlap)
+        for row in all_rows(world_size)
+        for distributed_optimizer, overlap in ((False, True), (True, False), (True, True))
+        if row.dp > 1
+    ]
+
+
+# What a run may be besides its layout.
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"recompute": "selective"},
+    {"recompute": "full"},
+    {"padded": True},
+    {"padded": True, "recompute": "full"},
+    {"spans": True, "model": {"generator_num_layers": 0}},
+    {"model": {"generator_embedding_sharing": "token_pos_norm"}},
+    {"padded": True, "model": {"rtd_head": "simple"}},
+    {"model": {"rtd_head": "none"}},
+    {"model": {"mlm_head": "linear"}},
+    {"objective": {"weighted_lm_loss": True}},
+    {
+        "model_name": "bias per stack",
+        "model": {"relative_attention": "per_stack", "relative_attention_decoder": True},
+    },
+    {
+        "model_name": "untied, unequal depths",
+        "model": {"untie_embeddings_and_output_weights": True, "decoder_num_layers": 1, "encoder_num_layers": 3},
+    },
+    {
+        "spans": True,
+        "model_name": "T5",
+        "model": {
+            "generator_num_layers": 0,
+            "norm_placement": "pre",
+            "normalization": "RMSNorm",
+            "position_embedding_type": "none",
+            "relative_attention": "per_stack",
+            "relative_attention_decoder": True,
+            "add_bias_linear": False,
+            "softmax_scale": 1.0,
+            "scale_lm_output": True,
+        },
+    },
+)
+
+# Layouts in which every variant runs.
+VARIANT_PLACES = (
+    Row(),
+    Row(tp=2),
+    Row(tp=2, sp=True),
+    Row(dp=2),
+    Row(pp=2),
+    Row(pp=2, vpp=2),
+    Row(pp=3),
+    Row(pp=3, vpp=2),
+    Row(tp=4, sp=True),
+    Row(tp=2, sp=True, pp=2),
+    Row(tp=2, sp=True, pp=2, vpp=3),
+    Row(tp=2, sp=True, dp=2),
+    Row(pp=2, vpp=2, dp=2, micro_batch_size=1),
+    Row(pp=4),
+    Row(pp=4, vpp=2, micro_batch_size=3),
+)
+
+
+def variant_rows(world_size: int) -> list[Row]:
+    """Every variant in each of the chosen layouts of so many processes."""
+    places = [row for row in VARIANT_PLACES if row.world_size == world_size]
+    return [replace(place, **variant) for place, variant in product(places, VARIANTS)]
+
+
+def cut_rows(pp: int, vpp: int) -> list[Row]:
+    """Every cut of the tiny chain of 11 units into pp x vpp pieces: the generator lies on one, two or three stages."""
+    chain = build_chain(tiny.tiny_model())
+    rows = []
+    for cuts in combinations(range(1, len(chain)), pp * vpp - 1):
+        pieces = tuple(chain[start:end] for start, end in pairwise((0, *cuts, len(chain))))
+        text = StageLayout(pieces=pieces, pp_size=pp, vpp_size=vpp).format()
+        rows.append(Row(pp=pp, vpp=vpp, layout=text, num_steps=2))
+    return rows
+
+
+def matrix() -> dict[str, list[Row]]:
+    """The complete matrix up to four processes; the rows of a group run on one number of processes."""
+    groups = {}
+    for world_size in (1, 2, 3, 4):
+        groups[f"{world_size}: every layout"] = all_rows(world_size)
+        groups[f"{world_size}: overlap and distributed optimizer"] = overlap_rows(world_size)
+        groups[f"{world_size}: models, objectives, recomputation"] = variant_rows(world_size)
+        if world_size in (2, 3):
+            for vpp in range(1, 11 // world_size + 1):
+                groups[f"{world_size}: every cut into {world_size} x {vpp} pieces"] = cut_rows(world_size, vpp)
+    return {name: rows for name, rows in groups.items() if rows}

@@ -1,7 +1,7 @@
 """Faults put in on purpose, one per row of design section 5: each must turn the parity test red."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +29,33 @@ def dropped_injection(engine: Engine) -> Iterator[None]:
     """MLM and RTD are computed and logged, but never trained."""
     with replaced_attribute(StepLosses, "inject", lambda self, activation, loss: activation):
         yield
+
+
+@contextmanager
+def _dropped_term(name: str) -> Iterator[None]:
+    """The loss that this method of StepLosses returns is computed and logged, but never trained."""
+    compute, inject = getattr(StepLosses, name), StepLosses.inject
+    dropped: list[Tensor] = []
+
+    def compute_dropped(self: StepLosses, *arguments: Any) -> Tensor:
+        dropped[:] = [compute(self, *arguments)]
+        return dropped[0]
+
+    def inject_others(self: StepLosses, activation: Tensor, loss: Tensor) -> Tensor:
+        return activation if dropped and loss is dropped[0] else inject(self, activation, loss)
+
+    with replaced_attribute(StepLosses, name, compute_dropped), replaced_attribute(StepLosses, "inject", inject_others):
+        yield
+
+
+def dropped_mlm(engine: Engine) -> AbstractContextManager[None]:
+    """The generator is never trained by its own loss."""
+    return _dropped_term("add_mlm")
+
+
+def dropped_rtd(engine: Engine) -> AbstractContextManager[None]:
+    """The encoder never learns to tell replaced tokens."""
+    return _dropped_term("add_rtd")
 
 
 @contextmanager

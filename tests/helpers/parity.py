@@ -50,6 +50,7 @@ class Outcome:
     metrics: list[dict[str, float]] = field(default_factory=list)
     sampled_ids: np.ndarray | None = None  # [global batch, slots] of the first forward pass
     norms: list[float] = field(default_factory=list)
+    weights: Arrays = field(default_factory=dict)  # before the first step
     gradients: Arrays = field(default_factory=dict)  # of the first step, before clipping
     updates: Arrays = field(default_factory=dict)  # weights after all steps minus weights before
 
@@ -64,14 +65,18 @@ def run_case(case: Case) -> Outcome | None:
     engine = Engine(case.run, _build_layout(case.run, case.layout), groups, case.dtype, pad_id=tiny.PAD_ID)
     perturb(engine)
     set_learning_rate(engine.optimizer, case.run.optimizer.lr)
-    with case.mutate(engine) if case.mutate is not None else nullcontext():
-        outcome = _run_steps(case, engine)
+    try:
+        with case.mutate(engine) if case.mutate is not None else nullcontext():
+            outcome = _run_steps(case, engine)
+    finally:
+        engine.close()
     return outcome if groups.rank == 0 else None
 
 
 def _run_steps(case: Case, engine: Engine) -> Outcome:
     groups, outcome = engine.groups, Outcome()
     before = {name: parameter.detach().double().clone() for name, parameter in _parameters(engine).items()}
+    outcome.weights = _gather(engine, before)
     with _recording_samples(engine) as samples:
         engine.accumulate_gradients(local_microbatches(case, 0, groups.dp_rank, groups.dp_size))
     outcome.sampled_ids = _gather_samples(engine, samples)
@@ -194,10 +199,18 @@ def _gather(engine: Engine, local: dict[str, torch.Tensor]) -> Arrays:
         for name, (_, dim) in tensors.items():
             shards = [t[name][0] for d, p, _, t in sorted(everything, key=lambda e: e[:3]) if (d, p) == (0, pp_rank)]
             joined = np.concatenate(shards, axis=dim) if dim >= 0 else shards[0]
+            if ".linear_fc1." in name and engine.run.model.activation == "gated-gelu":
+                joined = _join_gated(shards)
             if name in ("word_embeddings.weight", "lm_head.weight", "mlm_head.output_bias"):
                 joined = joined[: tiny.VOCAB_SIZE]
             whole.setdefault(name, joined)
     return whole
+
+
+def _join_gated(shards: list[np.ndarray]) -> np.ndarray:
+    """Gates of all ranks, then values of all ranks; a rank holds its gates and then its values."""
+    halves = [np.split(shard, 2) for shard in shards]
+    return np.concatenate([half[part] for part in range(2) for half in halves])
 
 
 def worst_error(found: Arrays, expected: Arrays) -> tuple[float, str]:

@@ -26,9 +26,11 @@ from tests.helpers import tiny
 from tests.helpers.mutations import replaced_attribute
 from tests.helpers.parity import Arrays, Case, _gather, _parameters, local_microbatches, perturb
 
+FIRST_FILL = 4  # ids below are special tokens
+
 
 def build_engine(case: Case, scale: float = 0.05) -> Engine:
-    """This rank's engine of a case, its weights moved by N(0, scale); collective."""
+    """This rank's engine of a case, its weights moved by N(0, scale) where that is not 0; collective."""
     parallel = case.run.parallel
     groups = reinitialise(parallel)
     activate("cpu").seed_all(1, tp_rank=groups.tp_rank)
@@ -40,7 +42,8 @@ def build_engine(case: Case, scale: float = 0.05) -> Engine:
             case.layout, chain, parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
         )
     engine = Engine(case.run, layout, groups, case.dtype, pad_id=tiny.PAD_ID)
-    perturb(engine, scale)
+    if scale:
+        perturb(engine, scale)
     set_learning_rate(engine.optimizer, case.run.optimizer.lr)
     return engine
 
@@ -70,7 +73,7 @@ def _cut(model: ModelConfig, cuts: list[int]) -> str:
 
 def fill_from_uniforms(logits: Tensor, uniforms: Tensor, *_: Any) -> Tensor:
     """Stands in for the sampler where rounding would move a draw over the edge between two tokens: no logits read."""
-    return (4 + uniforms * (tiny.VOCAB_SIZE - 4)).long()
+    return (FIRST_FILL + uniforms * (tiny.VOCAB_SIZE - FIRST_FILL)).long()
 
 
 def fixed_fills() -> AbstractContextManager[None]:
@@ -136,6 +139,13 @@ def passes_in_flight(events: list[Event]) -> list[int]:
         count += 1 if event.kind == "forward" else -1
         counts.append(count)
     return counts
+
+
+def idle_share(timelines: list[list[Event]]) -> float:
+    """Share of the ranks' time, from the first pass of any to the last pass of any, that is in no pass."""
+    events = [event for timeline in timelines for event in timeline]
+    span = max(event.end for event in events) - min(event.start for event in events)
+    return 1.0 - sum(event.end - event.start for event in events) / (len(timelines) * span)
 
 
 class SavedBytes:

@@ -7,24 +7,22 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_metro.batch import Microbatch
 from megatron_metro.config.chain import build_chain
 from megatron_metro.config.schema import ModelConfig, ParallelConfig
 from tests.helpers import tiny
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.parity import GLOBAL_BATCH_SIZE, Case
-from tests.helpers.pipeline import build_engine, fixed_fills, microbatches_of, random_cut
+from tests.helpers.pipeline import FIRST_FILL, build_engine, fixed_fills, microbatches_of, random_cut
 
 NUM_STEPS = 3
 # Well above the rounding noise of gradients that are zero in theory, which Adam would turn into updates of full size.
 ADAM_EPS = 1e-3
 LOSSES = ("lm loss", "mlm loss", "rtd loss")
 # Large weights: at small ones every prediction is close to uniform and a wrong message would hardly move a loss.
-WEIGHT_SCALE = 0.3
+LARGE_WEIGHTS = {"init_method": "normal", "init_method_std": 0.3}
 # How the two kinds of schedule take turns: half of all runs interleave two or three stages.
 SHAPES = [(2, True), (3, True), (4, True), (2, False), (2, True), (3, True), (4, False), (3, False)]
-# Relative differences of losses and gradient norms. In BF16 the first step's forward pass is the same arithmetic in any
-# pipeline; gradients of shared weights are rounded elsewhere, and so is everything under tensor parallelism.
-TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-6, 5e-2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,7 @@ def _draw(number: int, rng: random.Random) -> StressRun:
     pp, is_interleaved = SHAPES[number % len(SHAPES)]
     tp, dp = rng.choice([(1, 1), (2, 1), (1, 2)]) if pp == 2 else (1, 1)
     traits = rng.choice([_metro, _metro, _metro, _main_model, _t5])(rng)
-    model: ModelConfig = tiny.tiny_model(**traits["model"])
+    model: ModelConfig = tiny.tiny_model(**LARGE_WEIGHTS, **traits["model"])
     vpp = rng.randint(2, min(4, len(build_chain(model)) // pp)) if is_interleaved else 1
     sizes = [size for size in (1, 2, 3, 4, 6) if _is_possible(size, dp, pp if is_interleaved else 1)]
     layout = random_cut(rng, model, pp * vpp)
@@ -129,13 +127,23 @@ def _t5(rng: random.Random) -> dict[str, Any]:
     return {"model": model, "spans": model["generator_num_layers"] == 0}
 
 
+def with_hits(microbatch: Microbatch) -> Microbatch:
+    """Every third fill of `fixed_fills` right, so that the RTD loss depends on which id arrives where."""
+    if microbatch.uniforms is None:
+        return microbatch
+    assert microbatch.masked_ids is not None
+    right = (microbatch.masked_ids - FIRST_FILL + 0.5) / (tiny.VOCAB_SIZE - FIRST_FILL)
+    is_hit = torch.arange(right.shape[1]) % 3 == 0
+    return replace(microbatch, uniforms=torch.where(is_hit, right, microbatch.uniforms).clamp(min=0.0))
+
+
 def run_steps(case: Case) -> list[dict[str, float]]:
     """Losses and gradient norm of a few steps; equal on all ranks."""
-    engine = build_engine(case, WEIGHT_SCALE)
+    engine = build_engine(case, scale=0.0)
     steps = []
     with fixed_fills():
         for step in range(case.num_steps):
-            result = engine.train_step(microbatches_of(engine, case, step))
+            result = engine.train_step([with_hits(each) for each in microbatches_of(engine, case, step)])
             assert result.outcome.updated
             losses = {name: result.metrics[name] for name in LOSSES if name in result.metrics}
             steps.append({**losses, "norm": result.outcome.grad_norm})
@@ -144,16 +152,27 @@ def run_steps(case: Case) -> list[dict[str, float]]:
     return steps
 
 
+def tolerances(case: Case, step: int) -> tuple[float, float]:
+    """Relative differences allowed in losses and in the gradient norm.
+
+    Up to the first update BF16 does the same arithmetic in any pipeline; only the gradients of shared weights are added
+    up elsewhere. From then on, and under tensor parallelism, rounding differs.
+    """
+    if case.dtype == torch.float32:
+        return 1e-5, 1e-4
+    if step == 0 and case.run.parallel.tensor_model_parallel_size == 1:
+        return 1e-6, 2e-3
+    return 5e-2, 3e-1
+
+
 def check_stress_run(drawn: StressRun, workers: WorkerPool) -> None:
     """On several processes as on one; a deadlock ends in the pool's time-out."""
     alone = replace(drawn.case.run, parallel=ParallelConfig())
     expected = run_steps(replace(drawn.case, run=alone, layout=None))
-    first_tolerance, tolerance = TOLERANCES[drawn.dtype]
-    if drawn.case.run.parallel.tensor_model_parallel_size > 1:
-        first_tolerance = tolerance
-    for found in workers.run(run_steps, drawn.case):
-        for name, value in expected[0].items():
-            allowed = tolerance if name == "norm" else first_tolerance
-            assert found[0][name] == pytest.approx(value, rel=allowed), f"{name} of the first step"
-        for number, step in enumerate(expected):
-            assert found[number] == pytest.approx(step, rel=tolerance), f"step {number}"
+    for found in workers.run(run_steps, drawn.case, timeout=240.0):
+        for step, values in enumerate(expected):
+            assert found[step].keys() == values.keys()
+            loss_tolerance, norm_tolerance = tolerances(drawn.case, step)
+            for name, value in values.items():
+                tolerance = norm_tolerance if name == "norm" else loss_tolerance
+                assert found[step][name] == pytest.approx(value, rel=tolerance), f"{name} of step {step}"

@@ -1,11 +1,11 @@
 """The cost model against the published counts and the tables of the reference."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 
 from megatron_metro.analysis.cost import (
+    FLOPS_PER_BYTE,
     MessageFormat,
     count_parameters,
     forward_flops,
@@ -17,7 +17,6 @@ from megatron_metro.config.chain import Unit, build_chain
 from megatron_metro.config.lengths import Lengths
 from megatron_metro.config.presets import PRESETS
 from megatron_metro.config.schema import ModelConfig
-from megatron_metro.parallel.layout import balance
 
 BASE, BASE_PLUS, LARGE_PLUS, XL = (
     PRESETS[name]().model for name in ("metro-base", "metro-base++", "metro-large++", "metro-xl")
@@ -76,8 +75,8 @@ def test_parameters_of_t5_v1_1():
 )  # fmt: skip
 def test_tera_flops_per_sequence(model, vocabulary, full, minimal):
     model = replace(model, vocab_size=vocabulary)
-    assert round(training_flops(model, metro(512)) / 1e12, 3) == full
-    assert round(training_flops(model, metro(512), minimal=True) / 1e12, 3) == minimal
+    assert round(training_flops(model, metro(512), every_position=True) / 1e12, 3) == full
+    assert round(training_flops(model, metro(512)) / 1e12, 3) == minimal
 
 
 def test_tera_flops_of_other_rows_of_the_table():
@@ -85,22 +84,53 @@ def test_tera_flops_of_other_rows_of_the_table():
     every_position = Lengths(encoder=512, decoder=512, masked=512, targets=512)
     assert round(training_flops(model, every_position) / 1e12, 3) == 0.936
     last_layer = Unit("decoder_layer", 11)
-    saved = forward_flops(last_layer, model, metro(512)) - forward_flops(last_layer, model, metro(512), minimal=True)
-    assert round((training_flops(model, metro(512)) - 3 * saved) / 1e12, 3) == 0.782
+    whole, shortened = (forward_flops(last_layer, model, metro(512), every_position=every) for every in (True, False))
+    full = training_flops(model, metro(512), every_position=True)
+    assert round((full - 3 * (whole - shortened)) / 1e12, 3) == 0.782
     alone = main_model(model)
     assert round(training_flops(alone, t5(461, 103)) / 1e12, 3) == 0.380
     assert round(training_flops(alone, t5(512, 114)) / 1e12, 3) == 0.426
-    assert round(training_flops(replace(XL, vocab_size=64_512), metro(512), minimal=True) / 1e12, 1) == 10.2
+    assert round(training_flops(replace(XL, vocab_size=64_512), metro(512)) / 1e12, 1) == 10.2
 
 
 def test_giga_flops_of_the_benchmark():
-    assert round(training_flops(SMALL, metro(256), minimal=True) / 1e9, 2) == 17.84
-    assert round(training_flops(main_model(SMALL), t5(231, 52), minimal=True) / 1e9, 2) == 9.71
+    assert round(training_flops(SMALL, metro(256)) / 1e9, 2) == 17.84
+    assert round(training_flops(main_model(SMALL), t5(231, 52)) / 1e9, 2) == 9.71
 
 
-def test_minimal_equals_full_where_every_position_is_a_slot():
-    lengths = Lengths(encoder=64, decoder=32, masked=64, targets=32)
-    assert training_flops(SMALL, lengths, minimal=True) == training_flops(SMALL, lengths)
+def test_slots_save_nothing_where_every_position_is_one():
+    for lengths in (
+        Lengths(encoder=64, decoder=32, masked=64, targets=32),
+        Lengths(encoder=4, decoder=4, masked=8, targets=8),  # static slots of a tiny block
+    ):
+        whole = [forward_flops(unit, SMALL, lengths, every_position=True) for unit in build_chain(SMALL)]
+        assert [forward_flops(unit, SMALL, lengths) for unit in build_chain(SMALL)] == whole
+
+
+def test_last_layers_are_short_where_their_head_follows_and_slots_can_be_sharded():
+    lengths = Lengths(encoder=256, decoder=256, masked=40, targets=40)
+    costs = {str(cost.unit): cost for cost in unit_costs(SMALL, lengths)}
+    assert {name for name, cost in costs.items() if cost.extra_flops_if_cut} == {"generator_layer 1", "decoder_layer 3"}
+    for name, other in (("generator_layer 1", "generator_layer 0"), ("decoder_layer 3", "decoder_layer 0")):
+        cost = costs[name]
+        assert cost.forward_flops + cost.extra_flops_if_cut == costs[other].forward_flops
+        assert cost.forward_flops < 0.6 * costs[other].forward_flops
+    for shards, is_short in ((8, True), (16, False)):
+        costs = unit_costs(SMALL, lengths, MessageFormat(sequence_shards=shards))
+        assert any(cost.extra_flops_if_cut for cost in costs) is is_short
+
+
+def test_work_is_flops_and_what_embeddings_and_heads_move():
+    lengths, message = Lengths(encoder=256, decoder=256, masked=40, targets=40), MessageFormat(micro_batch_size=4)
+    costs = {str(cost.unit): cost for cost in unit_costs(SMALL, lengths, message)}
+    extra = {name: (cost.work - 12 * cost.forward_flops) / (4 * FLOPS_PER_BYTE[4]) for name, cost in costs.items()}
+    gradient, rows, logits = 4 * 33_280 * 256, 10 * 4 * 256 * 256, 10 * 4 * 40 * 33_280
+    assert extra.pop("generator_embedding") == extra.pop("decoder_embedding") == gradient + rows
+    assert extra.pop("mlm_head") == pytest.approx(2 * gradient + logits + rows)
+    assert extra.pop("lm_head") == pytest.approx(gradient + logits)
+    assert extra.pop("encoder_head") == pytest.approx(rows)
+    assert set(extra.values()) == {0.0}
+    assert costs["decoder_layer 3"].extra_work_if_cut == 12 * costs["decoder_layer 3"].extra_flops_if_cut
 
 
 def test_messages_are_rows_times_width():
@@ -112,17 +142,3 @@ def test_messages_are_rows_times_width():
     assert sent["mlm_head"] == 257 * row
     assert sent["decoder_layer 3"] == (256 + 256 + 1) * row
     assert sent["lm_head"] == 0
-
-
-@pytest.mark.parametrize(("model", "pp_size", "vpp_size", "limit"), [(LARGE_PLUS, 4, 2, 1.06), (XL, 8, 1, 1.04)])
-def test_balance_of_the_presets(model, pp_size, vpp_size, limit):
-    costs = unit_costs(model, Lengths(encoder=512, decoder=512, masked=80, targets=80))
-    flops = [cost.forward_flops for cost in costs]
-    layout = balance(build_chain(model), flops, [cost.bytes_sent for cost in costs], pp_size, vpp_size)
-    ends = [0]
-    for piece in layout.pieces:
-        ends.append(ends[-1] + len(piece))
-    loads = [sum(flops[start:end]) for start, end in pairwise(ends)]
-    ratio = max(loads) / (sum(loads) / len(loads))
-    print(f"largest/mean {ratio:.4f}: {layout.format()}")
-    assert ratio <= limit

@@ -34,7 +34,7 @@ def test_the_loader_delivers_these_shapes(run, encoder_length, mask_prob):
         objective=replace(run.objective, mask_prob=mask_prob),
     )
     vocabulary = Vocabulary(num_pieces=1000, num_sentinels=128)
-    shape = build_objective(run.objective, run.data, vocabulary).shape(micro_batch_size=2)
+    shape = build_objective(run, vocabulary).shape(micro_batch_size=2)
     lengths = static_lengths(run)
     delivered = (shape.encoder_length, shape.decoder_length, shape.num_masked_slots, shape.num_target_slots)
     assert delivered == (lengths.encoder, lengths.decoder, lengths.masked, lengths.targets)

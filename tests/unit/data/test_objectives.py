@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.errors import ConfigError
-from megatron_metro.config.schema import DataConfig, ObjectiveConfig
+from megatron_metro.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from megatron_metro.config.spans import span_lengths
 from megatron_metro.data.blocks import Blocks
 from megatron_metro.data.metro_objective import MetroObjective
@@ -245,7 +245,7 @@ def test_objectives_refuse_by_flag():
     ]
     for vocabulary, objective, data, message in cases:
         with pytest.raises(ConfigError, match=message):
-            build_objective(objective, data, vocabulary)
+            build_objective(RunConfig(objective=objective, data=data), vocabulary)
 
 
 def test_golden_batches():

@@ -3,10 +3,15 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_metro.training import benchmark
+from megatron_metro.analysis.cost import MessageFormat, unit_costs
+from megatron_metro.config.chain import build_chain
+from megatron_metro.config.lengths import static_lengths
+from megatron_metro.parallel.layout import format_units
+from megatron_metro.training import benchmark, benchmark_data, benchmark_pipeline
 from megatron_metro.training.benchmark import Timing, Workload
 from tests.helpers.hf_metro import HfMetro, label_batch
 
@@ -46,6 +51,7 @@ def test_the_result_is_one_json_object_with_the_promised_names():
     assert result["cpu_gemm_percent"] == round(4 * result["metro_gflops_per_sequence"], 2)
     assert (result["metro_over_t5"], result["speedup_over_hf"], result["speedup_over_hf_masked"]) == (2.0, 1.5, None)
     assert result["flops_ratio"] > result["minimal_flops_ratio"] > 1.8
+    assert result["metro_over_t5_over_flops_ratio"] == round(2 / result["flops_ratio"], 3)
     assert result["clock_over_processor"] == 1.5
     assert result["step_seconds"]["metro"] == {"median": 2, "quartile_1": 2, "quartile_3": 3, "min": 2, "max": 4}
 
@@ -65,3 +71,75 @@ def test_the_peers_loss_does_not_depend_on_where_heads_run(seed):
         )
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_another_precision_lasts_for_its_step_only():
+    seen = []
+    step = benchmark.in_precision("medium", lambda: seen.append(torch.get_float32_matmul_precision()))
+    step()
+    assert (seen, torch.get_float32_matmul_precision()) == (["medium"], "highest")
+    assert 0 < benchmark.measure_gemm_error("highest") < 1e-5
+
+
+def test_every_unit_is_timed_and_held_against_the_plan(groups):
+    run = benchmark.metro_run(replace(TINY, num_layers=2, generator_num_layers=2))
+    microbatch = benchmark.draw_microbatch(run)
+    pieces = benchmark_pipeline.build_timed_pieces(run, groups, microbatch)
+    assert [format_units(piece.units) for piece in pieces] == [
+        "G",
+        "g",
+        "g",
+        "M",
+        "e",
+        "e",
+        "R",
+        "D",
+        "d",
+        "d",
+        "L",
+        "gM",
+        "dL",
+    ]
+    seconds = benchmark_pipeline.run_pieces(pieces, microbatch)
+    assert min(seconds) > 0.0
+    found = benchmark_pipeline.compare_with_plan(run, [piece.units for piece in pieces], np.asarray([seconds] * 3))
+    assert list(found["by_unit"]) == ["G", "g", "M", "e", "R", "D", "d", "L", "gM", "dL"]
+    assert {"g", "e", "d", "gM"} <= set(found["main_units"])
+
+
+def test_times_in_the_plans_ratios_deviate_by_nothing():
+    run = benchmark.metro_run(TINY)
+    chain = build_chain(run.model)
+    message = MessageFormat(micro_batch_size=run.training.micro_batch_size)
+    costs = unit_costs(run.model, static_lengths(run), message)
+    seconds = np.asarray([[(cost.work + cost.extra_work_if_cut) / 1e10 for cost in costs]])
+    found = benchmark_pipeline.compare_with_plan(run, [(unit,) for unit in chain], seconds)
+    assert found["largest_deviation_percent"] == 0.0
+    assert found["fitted_flops_per_byte"] == found["planned_flops_per_byte"]
+    seconds[0, 1] *= 1.5
+    assert (
+        benchmark_pipeline.compare_with_plan(run, [(unit,) for unit in chain], seconds)["by_unit"]["g"][
+            "deviation_percent"
+        ]
+        > 10
+    )
+
+
+def test_payloads_of_planned_layouts_are_timed(groups):
+    lines = []
+    workload = replace(TINY, num_layers=3, generator_num_layers=2)
+    found = benchmark_pipeline.measure_payload(workload, groups, num_rounds=1, num_warmups=0, report=lines.append)
+    assert set(found["percent_of_step"]) == {"pp2x1", "pp4x1", "pp4x2"}
+    assert json.loads(json.dumps(found)) and len(lines) == 4
+
+
+def test_data_rates_come_with_a_peer(tmp_path, monkeypatch):
+    from tests.helpers.benchmark_peers import build_core_reader
+
+    for name, value in {"TEXT_CHARACTERS": 400_000, "TRAINED_CHARACTERS": 100_000, "NUM_PIECES": 600}.items():
+        monkeypatch.setattr(benchmark_data, name, value)
+    monkeypatch.setattr(benchmark_data, "BLOCKS_PER_CALL", 16)
+    monkeypatch.setattr(benchmark_data, "WAITING", TINY)
+    result = benchmark_data.measure_data(tmp_path, {"core_t5": build_core_reader}, 1, 0, lambda line: None)
+    assert json.loads(json.dumps(result))["t5_span_loader_speedup"]["core_t5"] > 0
+    assert result["metro_blocks_per_second"] > 0 and result["preprocess_tokens_per_cpu_second"] > 0
