@@ -123,7 +123,7 @@ class StepLosses:
     def summarise(self) -> dict[str, float]:
         """The log's numbers from globally reduced sums; losses in nats, accuracies and ratios in percent.
 
-        Without a generator only the LM loss has a name. A ratio over nothing is 0, and so is all of RTD without its head.
+        Without a generator only the LM loss has a name. A ratio over nothing is 0, as is RTD without its head.
         """
         sums, counts = dict(zip(SUM_NAMES, self.sums.tolist(), strict=True)), self._counts
         metrics = {"lm loss": _ratio(sums["lm_loss"], counts["targets"])}

@@ -19,10 +19,10 @@ from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.data.objectives import build_objective
 from megatron_metro.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
 from megatron_metro.data.vocabulary_training import VocabularyOptions, train_vocabulary, write_vocabulary
+from megatron_metro.parallel.groups import ParallelGroups
 from megatron_metro.tokenizer import Tokenizer
 from megatron_metro.training.benchmark import (
     Step,
-    Timing,
     Workload,
     benchmark_vocabulary,
     build_step,
@@ -58,7 +58,7 @@ def measure_data(
     folder: Path, peers: Mapping[str, BuildPeer], num_rounds: int, num_warmups: int, report: Report
 ) -> dict[str, Any]:
     """The benchmark's result; `folder` takes a few files. Rates are per second of one processor."""
-    text = write_text(folder)
+    groups, text = start_process(), write_text(folder)
     prefixes, rates = _time_preprocessing(text, folder, num_rounds, report)
     runs = {
         "metro": _run_on(prefixes[0], text.tokenizer, "metro"),
@@ -70,14 +70,15 @@ def measure_data(
     timings = time_side_by_side(contestants, num_rounds, num_warmups, report)
     blocks = {name: [BLOCKS_PER_CALL / timing.processor for timing in taken] for name, taken in timings.items()}
     medians = {name: statistics.median(taken) for name, taken in blocks.items()}
-    wait = _measure_wait(prefixes[0], text.tokenizer, num_rounds, num_warmups, report)
+    waiting = time_side_by_side(_build_waiting(prefixes[0], text.tokenizer, groups), num_rounds, num_warmups, report)
+    load, step = (statistics.median(timing.processor for timing in waiting[name]) for name in ("load", "step"))
     return {
         "metro_blocks_per_second": round(medians["metro_batches"]),
         "t5_span_blocks_per_second": round(medians["t5-span_batches"]),
         "metro_loader_blocks_per_second": round(medians["metro_loader"]),
         "t5_span_loader_blocks_per_second": round(medians["t5-span_loader"]),
         "preprocess_tokens_per_cpu_second": round(statistics.median(rates)),
-        "loader_wait_percent": round(100 * wait, 4),
+        "loader_wait_percent": round(100 * load / step, 4),
         "t5_span_loader_speedup": {name: round(medians["t5-span_loader"] / medians[name], 1) for name in peers},
         "blocks_per_second": {name: summarise(taken) for name, taken in blocks.items()},
         "preprocess_rates": summarise(rates),
@@ -163,14 +164,14 @@ def open_loader(run: RunConfig, tokenizer: Tokenizer) -> StepLoader:
     return loader
 
 
-def _measure_wait(prefix: str, tokenizer: Tokenizer, num_rounds: int, num_warmups: int, report: Report) -> float:
-    """What the step benchmark's step would wait for a batch, made on the spot, as a share of the step."""
-    groups, run = start_process(), metro_run(WAITING)
-    data = replace(run.data, data_path=(prefix,), split="100,0,0", num_workers=0)
-    model = replace(run.model, vocab_size=tokenizer.vocab_size)
-    reading = replace(run, data=data, model=model, training=replace(run.training, eval_iters=0))
+def _build_waiting(prefix: str, tokenizer: Tokenizer, groups: ParallelGroups) -> dict[str, Step]:
+    """The step of the step benchmark, and making its batch on the spot."""
+    run = metro_run(WAITING)
+    reading = replace(
+        run,
+        data=replace(run.data, data_path=(prefix,), split="100,0,0", num_workers=0),
+        model=replace(run.model, vocab_size=tokenizer.vocab_size),
+        training=replace(run.training, eval_iters=0),
+    )
     loader = open_loader(reading, tokenizer)
-    contestants: dict[str, Step] = {"load": lambda: loader.next_step(1), "step": build_step(run, groups)}
-    timings: dict[str, list[Timing]] = time_side_by_side(contestants, num_rounds, num_warmups, report)
-    load, step = (statistics.median(timing.processor for timing in timings[name]) for name in ("load", "step"))
-    return load / step
+    return {"load": lambda: loader.next_step(1), "step": build_step(run, groups)}

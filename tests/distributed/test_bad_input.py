@@ -20,7 +20,10 @@ from tests.helpers.corpus import Corpus, build_corpus
 from tests.helpers.repository import ROOT
 from tests.helpers.tool_server import ToolRun, ToolServer
 
-SMALL = "--preset metro-tiny --vocab-extra-ids 64 --encoder-seq-length 32 --lr-warmup-iters 0 --eval-iters 0".split()
+SMALL = (
+    "--preset", "metro-tiny", "--vocab-extra-ids", 64, "--encoder-seq-length", 32, "--lr-warmup-iters", 0,
+    "--eval-iters", 0,
+)  # fmt: skip
 JOIN_SECONDS = 60.0
 
 
@@ -103,7 +106,7 @@ def test_every_rank_refuses_before_any_process_group(server, corpus, saved, tmp_
     before = list_files(saved), list_files(corpus.folder)
     ranks = server.run_ranks(
         "pretrain",
-        *(flag for flag in SMALL),
+        *SMALL,
         *("--train-iters", 2) * (fault != "wrong value"),
         *inputs(corpus),
         *flags,
@@ -116,7 +119,7 @@ def test_every_rank_refuses_before_any_process_group(server, corpus, saved, tmp_
     assert list(tmp_path.iterdir()) == [] and (list_files(saved), list_files(corpus.folder)) == before
 
 
-def break_nothing(prefix: str) -> None:
+def remove_tokens(prefix: str) -> None:
     Path(f"{prefix}.bin").unlink()
 
 
@@ -148,7 +151,7 @@ def swap_tokenizer(prefix: str) -> None:
 
 
 DATA_FAULTS: dict[Callable[[str], None], str] = {
-    break_nothing: "copy.bin is missing",
+    remove_tokens: "copy.bin is missing",
     empty_tokens: "copy.bin is empty",
     cut_tokens: "copy.bin has 1000 bytes",
     cut_index: "copy.idx has 100 bytes",

@@ -177,7 +177,7 @@ def _become(tool: str, flags: Sequence[str], environment: dict[str, str], stem: 
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (a child must never return into the server)
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -157,3 +157,7 @@ def test_load_tokenizer_checks_flags(folder, tokenizer):
     ):
         with pytest.raises(ConfigError, match=message):
             load_tokenizer(config)
+    fitting = TokenizerConfig(tokenizer_model=model, vocab_extra_ids=16)
+    assert load_tokenizer(fitting, 166).vocab_size == 166
+    with pytest.raises(ConfigError, match=r"--vocab-size 160 is not the tokenizer's 166 \(--vocab-extra-ids 16"):
+        load_tokenizer(fitting, 160)

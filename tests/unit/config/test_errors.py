@@ -31,6 +31,24 @@ def test_other_errors_pass():
         raise KeyError("x")
 
 
+def test_an_interrupt_is_one_line_too(capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_error():
+        raise KeyboardInterrupt
+    assert (stop.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
+
+
+def test_a_reader_that_has_gone_gets_no_complaint():
+    code = (
+        "from megatron_metro.config.errors import exit_on_error\n"
+        "with exit_on_error():\n"
+        "    for _ in range(10**6): print('line')"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.stdout.readline()
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait(timeout=60)) == (b"", 141)
+
+
 def test_no_framework_is_loaded():
     code = (
         "import pkgutil, sys, importlib, megatron_metro.config as config\n"

@@ -10,14 +10,16 @@ from megatron_metro.data.objectives import build_objective
 from megatron_metro.tokenizer import Vocabulary
 
 METRO = RunConfig()
+ALONE = replace(METRO, model=replace(METRO.model, generator_num_layers=0))
 SPANS = RunConfig(objective=ObjectiveConfig(objective="t5-span"))
 
 
 def test_means_and_static_slots():
     assert mean_lengths(METRO) == Lengths(encoder=512, decoder=512, masked=0.15 * 512, targets=0.15 * 512)
     assert static_lengths(METRO) == Lengths(encoder=512, decoder=512, masked=80, targets=80)
-    alone = replace(METRO, model=replace(METRO.model, generator_num_layers=0))
-    assert static_lengths(alone) == Lengths(encoder=512, decoder=512, masked=0, targets=80)
+    down = replace(METRO, objective=ObjectiveConfig(probabilistic_rounding=False))
+    assert mean_lengths(down).masked == 76
+    assert static_lengths(ALONE) == Lengths(encoder=512, decoder=512, masked=0, targets=80)
 
 
 def test_span_corruption():
@@ -25,7 +27,7 @@ def test_span_corruption():
     assert mean_lengths(SPANS) == static_lengths(SPANS) == expected
 
 
-@pytest.mark.parametrize("run", [METRO, SPANS])
+@pytest.mark.parametrize("run", [METRO, ALONE, SPANS])
 @pytest.mark.parametrize(("encoder_length", "mask_prob"), [(512, 0.15), (231, 0.15), (40, 0.15), (100, 0.3)])
 def test_the_loader_delivers_these_shapes(run, encoder_length, mask_prob):
     run = replace(

@@ -46,8 +46,13 @@ def test_from_text_to_samples(run_tool, corpus: Corpus, tmp_path):
         ours, expected = Path(f"{tmp_path}/data_text_document.{suffix}"), Path(f"{corpus.prefix}.{suffix}")
         assert ours.read_bytes() == expected.read_bytes()
     flags = ("--data-path", f"{tmp_path}/data_text_document", "--tokenizer-model", tmp_path / "tok.model")
-    for objective, words in (("metro", ("generator sees", "<sen000>", "masked:")), ("t5-span", ("<sen001>", "</s>"))):
+    for objective, num_layers, words in (
+        ("metro", 2, ("generator sees", "<sen000>", "masked:")),
+        ("metro", 0, ("encoder reads", "<sen000>")),
+        ("t5-span", 0, ("<sen001>", "</s>")),
+    ):
         shape = ("--seq-length", 64, "--split", "80,20,0", "--objective", objective)
+        shape += ("--generator-num-layers", num_layers)
         code, out, _ = run_tool("inspect_data", *flags, *shape, "--part", "valid", "--verify")
         assert code == 0
         assert all(word in out for word in (*words, "decoder writes", "--- sample 1"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.errors import ConfigError
-from megatron_metro.config.schema import DataConfig, ObjectiveConfig, RunConfig
+from megatron_metro.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
 from megatron_metro.config.spans import span_lengths
 from megatron_metro.data.blocks import Blocks
 from megatron_metro.data.metro_objective import MetroObjective
@@ -270,3 +270,29 @@ def make_golden_blocks(length: int) -> Blocks:
 def digest(batch: Microbatch) -> str:
     values = [getattr(batch, field.name) for field in fields(Microbatch)]
     return hashlib.sha256(b"".join(value.numpy().tobytes() for value in values if value is not None)).hexdigest()
+
+
+def test_rounding_down():
+    blocks = make_blocks(50, 512)
+    batch = MetroObjective(vocabulary=VOCABULARY, sequence_length=512, rounds_at_random=False).make_batch(blocks)
+    assert (batch.masked_valid.sum(dim=1) == 76).all()  # of 76.8
+
+
+def test_without_a_generator_the_encoder_reads_the_masked_text():
+    blocks = make_blocks(20, 64)
+    with_generator = MetroObjective(vocabulary=VOCABULARY, sequence_length=64)
+    alone = MetroObjective(vocabulary=VOCABULARY, sequence_length=64, has_generator=False)
+    expected, batch = with_generator.make_batch(blocks), alone.make_batch(blocks)
+    assert batch.shape == alone.shape(20)
+    assert batch.shape.num_masked_slots == 0
+    assert torch.equal(batch.encoder_tokens, expected.generator_tokens)
+    assert batch.generator_tokens is None and batch.masked_slots is None and batch.uniforms is None
+    for name in ("decoder_tokens", "target_slots", "target_ids", "target_valid"):
+        assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+
+
+def test_flags_reach_the_objective():
+    run = RunConfig(model=ModelConfig(generator_num_layers=0), objective=ObjectiveConfig(probabilistic_rounding=False))
+    objective = build_objective(run, VOCABULARY)
+    assert (objective.has_generator, objective.rounds_at_random) == (False, False)
+    assert build_objective(RunConfig(), VOCABULARY) == MetroObjective(vocabulary=VOCABULARY, sequence_length=512)

@@ -33,7 +33,7 @@ def test_layout_table():
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n| ") == 8
     assert "parameters of the model: 852,455,425" in result.stdout
-    assert "largest/mean piece: 1.05" in result.stdout
+    assert "largest/mean piece: 1.0368" in result.stdout
     assert "theoretical bubble at 8 microbatches: 15.79 %" in result.stdout
 
 
