@@ -1,9 +1,10 @@
-"""The loss terms of one step: sums where a head computes them, one division by global counts, and what the log shows.
+"""The loss terms of one step: computed where the heads are, over the counts of the global batch; what the log shows.
 
 Objective = sum over terms of weight x S_term / C_term, with S summed and C counted over the GLOBAL batch (design
-section 4). The counts are known before the first forward pass. Every term is multiplied by T / C_term, T the number of
-target tokens, so that the gradients, which all stages accumulate as sums, are divided once, by T, at the end of the
-step. For METRO the targets are the masked tokens: T = M.
+section 4). The counts are known before the first forward pass, so every term is multiplied by weight / C_term where it
+is computed; gradients are then sums over microbatches, replicas and copies, and nothing divides them. Sums of raw
+terms, divided once at the end of the step, would be the same mathematics but overflow FP16: 48 target tokens in a
+microbatch of a tiny model already push the dynamic loss scale from 2^24 down to 2^8.
 """
 
 from collections.abc import Sequence
@@ -58,11 +59,6 @@ class StepLosses:
         self._counts = dict(zip(COUNT_NAMES, counts.tolist(), strict=True))
         self.sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=counts.device)
 
-    @property
-    def divisor(self) -> float:
-        """What the accumulated gradients are divided by at the end of the step; never 0."""
-        return max(self._counts["targets"], 1.0)
-
     def add_mlm(self, nll_BG: Tensor, is_right_BG: Tensor, valid_BG: Tensor) -> Tensor:
         """The generator's masked-LM term as a scalar to inject, from per-slot losses in nats."""
         loss = (nll_BG * valid_BG).sum()
@@ -88,7 +84,7 @@ class StepLosses:
         """The decoder's LM term as the scalar that ends the chain, from per-slot losses in nats.
 
         With --weighted-lm-loss each token is weighed by its predicted replaced-probability (no gradient through it),
-        while the divisor stays the count (reference section 4).
+        while the count stays that of the tokens (reference section 4).
         """
         weights = valid_BM.to(nll_BM.dtype)
         if self._objective.weighted_lm_loss:
@@ -147,7 +143,8 @@ class StepLosses:
         }
 
     def _multiplier(self, weight: float, count: str) -> float:
-        return weight * _ratio(self._counts["targets"], self._counts[count])
+        # A batch without target tokens trains nothing, RTD neither (design section 4).
+        return _ratio(weight, self._counts[count]) if self._counts["targets"] else 0.0
 
     @torch.no_grad()
     def _add(self, **values: Tensor) -> None:

@@ -51,7 +51,6 @@ class Engine:
         self.optimizer = build_optimizer(run, self.chunks, groups)
         self.core_config = get_model_config(self.chunks[0])
         self.communicator = StaticShapeCommunicator(groups.pp_group, self.core_config) if groups.pp_size > 1 else None
-        self._divisor = 1.0
         self._connect_hooks()
 
     def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
@@ -91,7 +90,6 @@ class Engine:
         """All microbatches through the schedule; the loss terms of all stages, summed over the world."""
         counts = all_reduce_sum(count_tokens(microbatches), self.groups.dp_group)
         losses = StepLosses(self.run.objective, counts, loss_scale=self.optimizer.get_loss_scale())
-        self._divisor = losses.divisor
         for piece in self.pieces:
             piece.losses = losses
         shape = microbatches[0].shape
@@ -153,15 +151,13 @@ class Engine:
         pg_collection: ProcessGroupCollection | None = None,
         force_all_reduce: bool = False,
     ) -> None:
-        """Core's reductions, then the copies of shared weights, then the one division of the step.
+        """Core's reductions, then the copies of shared weights.
 
-        Core would divide by the tokens it counts on the last stage before the copies can be summed, and pay a broadcast
-        for what every rank knows since before the first forward pass.
+        Core is told of no tokens: it would divide by those of the last stage, after a broadcast, what the losses have
+        divided where they stand.
         """
         core_finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
         self.shared.sum_gradients()
-        for chunk in chunks:
-            chunk.scale_gradients(1.0 / self._divisor)
 
 
 def _forward_step(
@@ -169,5 +165,5 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     """The one forward step handed to the schedules, for every layout and objective."""
     output: Tensor = chunk(next(microbatches))
-    # The three that core expects: the summed loss, a token count that nothing reads, and nothing to report.
+    # The three that core expects: the loss, a token count that nothing reads, and nothing to report.
     return output, lambda loss: (loss, torch.zeros([], dtype=torch.int, device=loss.device), {})

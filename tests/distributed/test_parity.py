@@ -88,7 +88,6 @@ MUTATIONS: list[tuple[str, Callable, Row]] = [
     ("a missing sequence_parallel mark", mutations.missing_sequence_mark, Row(tp=2, sp=True)),
     ("an off-by-one slot", mutations.shifted_slot, Row(tp=2)),
     ("a wrong data-parallel divisor", mutations.local_divisor, Row(dp=2)),
-    ("counts of one replica", mutations.local_counts, Row(dp=2)),
 ]
 
 

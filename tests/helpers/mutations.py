@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megatron_metro.losses.step import StepLosses
+from megatron_metro.losses.step import COUNT_NAMES, StepLosses
 from megatron_metro.model import slots as slots_module
+from megatron_metro.parallel.groups import all_reduce_sum
 from megatron_metro.training import engine as engine_module
 from megatron_metro.training.engine import Engine
 
@@ -89,23 +89,10 @@ def shifted_slot(engine: Engine) -> Iterator[None]:
 
 @contextmanager
 def local_divisor(engine: Engine) -> Iterator[None]:
-    """The step divides by this replica's tokens instead of the global batch's."""
-    original = engine._finalize_gradients
+    """Each replica divides its terms by its own tokens instead of the global batch's."""
 
-    def finalize(*arguments: Any, **options: Any) -> None:
-        engine._divisor /= engine.groups.dp_size
-        original(*arguments, **options)
+    def reduce_others(tensor: Tensor, group: object) -> Tensor:
+        return tensor if tensor.numel() == len(COUNT_NAMES) else all_reduce_sum(tensor, group)
 
-    with replaced_attribute(engine.core_config, "finalize_model_grads_func", finalize):
-        yield
-
-
-@contextmanager
-def local_counts(engine: Engine) -> Iterator[None]:
-    """Each replica weighs its injected losses by its own counts: wrong only where replicas mask differently often."""
-
-    def reduce_nothing(tensor: Tensor, group: object) -> Tensor:
-        return tensor if tensor.numel() == 4 else torch.distributed.all_reduce(tensor, group=group) or tensor
-
-    with replaced_attribute(engine_module, "all_reduce_sum", reduce_nothing):
+    with replaced_attribute(engine_module, "all_reduce_sum", reduce_others):
         yield
