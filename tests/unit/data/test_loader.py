@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.errors import ConfigError, DataError
+from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.data.mixture import assign_samples
@@ -71,7 +72,7 @@ def test_blend_proportions_and_counts():
 
 
 def test_microbatches_have_the_promised_shapes(corpus):
-    for objective in ("metro", "t5-span"):
+    for objective in OBJECTIVES:
         loader = build(make_config(corpus.prefix, objective=objective), corpus)
         for microbatch in loader.next_step(3):
             assert microbatch.shape == loader.objective.shape(4)
