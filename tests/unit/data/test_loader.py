@@ -79,6 +79,26 @@ def test_microbatches_have_the_promised_shapes(corpus):
         assert loader.consumed_samples == 12
 
 
+@pytest.mark.parametrize("read_ahead", [1, 7, 64])
+def test_reading_ahead_changes_nothing(corpus, monkeypatch, read_ahead):
+    """Steps of changing size, and a rewind into what was read already."""
+    config = make_config(corpus.prefix, micro_batch_size=2)
+    steps = [(0, 3), (6, 1), (8, 40), (88, 1), (6, 2), (10, 1), (6, 2)]
+
+    def read() -> list[torch.Tensor]:
+        loader, found = build(config, corpus), []
+        for consumed, num_microbatches in steps:
+            if loader.consumed_samples != consumed:
+                loader.rewind(consumed)
+            found.append(torch.cat([batch.generator_tokens for batch in loader.next_step(num_microbatches)]))
+        return found
+
+    expected = read()
+    monkeypatch.setattr("megatron_metro.data.loader.READ_AHEAD_BLOCKS", read_ahead)
+    assert all(torch.equal(*pair) for pair in zip(read(), expected, strict=True))
+    assert torch.equal(expected[4], expected[6])
+
+
 def test_full_blocks_are_the_stream(corpus):
     """Every block is <s> and a stretch of the stream; an epoch holds each token at most once, and misses few."""
     config = make_config(corpus.prefix, split="100,0,0", micro_batch_size=1)
