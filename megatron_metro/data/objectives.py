@@ -12,7 +12,7 @@ from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.blocks import Blocks
 from megatron_metro.data.metro_objective import build_metro
-from megatron_metro.data.metro_span_objective import build_metro_spans
+from megatron_metro.data.metro_spans import build_metro_spans
 from megatron_metro.data.spactor_objective import build_spactor
 from megatron_metro.data.span_objective import build_spans
 from megatron_metro.data.survey_objectives import (

@@ -7,7 +7,7 @@ import torch
 from megatron_metro.config.lengths import static_lengths
 from megatron_metro.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from megatron_metro.data.masking import mark_spans
-from megatron_metro.data.metro_span_objective import MetroSpans, write_sides
+from megatron_metro.data.metro_spans import MetroSpans, write_sides
 from megatron_metro.data.span_objective import replace_spans
 from megatron_metro.data.survey_objectives import drop_noise, mask_noise, replace_runs, shuffle_text, split_text
 from megatron_metro.data.text_to_text import Sides
