@@ -19,6 +19,9 @@ from megatron_metro.data.objectives import Objective, build_objective
 from megatron_metro.data.workers import WorkerPool
 from megatron_metro.tokenizer import Tokenizer
 
+# Blocks read at once where a step has fewer: what a call costs whatever its size is then shared by many blocks.
+READ_AHEAD_BLOCKS = 64
+
 StepRequest = tuple[int, int]  # consumed samples, number of microbatches
 StepArrays = dict[str, NDArray]
 
@@ -82,13 +85,18 @@ class OpenReader:
 
 
 class StepLoader:
-    """Hands out the microbatches of each step; with workers, the following steps are prepared meanwhile."""
+    """Hands out the microbatches of each step.
+
+    With workers, the following steps are prepared meanwhile; without, small steps are read several at once.
+    """
 
     def __init__(self, reader: StepReader, spec: LoaderSpec, num_workers: int) -> None:
         self.consumed_samples = 0
         self.mixture = reader.mixture
         self.objective = reader.objective
         self._reader = reader
+        self._ahead: deque[Microbatch] = deque()  # read already, the first of them after `_ahead_from` samples
+        self._ahead_from = 0
         self._pending: deque[tuple[StepRequest, int]] = deque()  # request and the worker that has it
         self._pool: WorkerPool[StepRequest, StepArrays] | None = None
         if num_workers:
@@ -97,9 +105,12 @@ class StepLoader:
     def next_step(self, num_microbatches: int) -> list[Microbatch]:
         """The microbatches of the next step; samples of all data-parallel ranks count as consumed."""
         request = (self.consumed_samples, num_microbatches)
-        arrays = self._reader.read(request) if self._pool is None else self._fetch(self._pool, request)
+        if self._pool is None:
+            microbatches = self._read(num_microbatches)
+        else:
+            microbatches = _split(self._fetch(self._pool, request), num_microbatches)
         self.consumed_samples += self._count_samples(num_microbatches)
-        return _split(arrays, num_microbatches)
+        return microbatches
 
     def rewind(self, consumed_samples: int) -> None:
         """Continue after so many consumed samples, as a resumed run and every validation do."""
@@ -110,6 +121,18 @@ class StepLoader:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+
+    def _read(self, num_microbatches: int) -> list[Microbatch]:
+        """The next microbatches, of a step or of several: which they are does not depend on how they are read."""
+        if self._ahead_from != self.consumed_samples:
+            self._ahead.clear()
+        missing = num_microbatches - len(self._ahead)
+        if missing > 0:
+            num_read = max(missing, READ_AHEAD_BLOCKS // self._reader.micro_batch_size)
+            first = self.consumed_samples + self._count_samples(len(self._ahead))
+            self._ahead += _split(self._reader.read((first, num_read)), num_read)
+        self._ahead_from = self.consumed_samples + self._count_samples(num_microbatches)
+        return [self._ahead.popleft() for _ in range(num_microbatches)]
 
     def _fetch(self, pool: WorkerPool[StepRequest, StepArrays], request: StepRequest) -> StepArrays:
         # Steps are prepared in the belief that their number of microbatches stays. After a rewind or a ramp-up of the

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.errors import ConfigError, DataError
+from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.data.mixture import assign_samples
@@ -71,11 +72,31 @@ def test_blend_proportions_and_counts():
 
 
 def test_microbatches_have_the_promised_shapes(corpus):
-    for objective in ("metro", "t5-span"):
+    for objective in OBJECTIVES:
         loader = build(make_config(corpus.prefix, objective=objective), corpus)
         for microbatch in loader.next_step(3):
             assert microbatch.shape == loader.objective.shape(4)
         assert loader.consumed_samples == 12
+
+
+@pytest.mark.parametrize("read_ahead", [1, 7, 64])
+def test_reading_ahead_changes_nothing(corpus, monkeypatch, read_ahead):
+    """Steps of changing size, and a rewind into what was read already."""
+    config = make_config(corpus.prefix, micro_batch_size=2)
+    steps = [(0, 3), (6, 1), (8, 40), (88, 1), (6, 2), (10, 1), (6, 2)]
+
+    def read() -> list[torch.Tensor]:
+        loader, found = build(config, corpus), []
+        for consumed, num_microbatches in steps:
+            if loader.consumed_samples != consumed:
+                loader.rewind(consumed)
+            found.append(torch.cat([batch.generator_tokens for batch in loader.next_step(num_microbatches)]))
+        return found
+
+    expected = read()
+    monkeypatch.setattr("megatron_metro.data.loader.READ_AHEAD_BLOCKS", read_ahead)
+    assert all(torch.equal(*pair) for pair in zip(read(), expected, strict=True))
+    assert torch.equal(expected[4], expected[6])
 
 
 def test_full_blocks_are_the_stream(corpus):
