@@ -33,6 +33,7 @@ run_step types python -m mypy
 # Tests of one process share the cores; those that start processes of their own have them to themselves.
 run_step tests python -m pytest --quiet --numprocesses 2 --dist loadfile --durations 5 tests/guards tests/unit tests/contract
 run_step layouts python -m pytest --quiet --durations 10 tests/parity tests/distributed
+run_step learning python -m pytest --quiet tests/learning
 
 printf '\n%s\n' "== summary" "${summary[@]}"
 printf '\nchecks: %d passed, %d failed\n' "$num_passed" "$num_failed"

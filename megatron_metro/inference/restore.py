@@ -23,7 +23,9 @@ class Restoration:
     original_ids: tuple[int, ...]
     masked_slots: tuple[int, ...]  # positions the generator filled, ascending
     filled_ids: tuple[int, ...]  # the corrupted block that the encoder reads
-    replaced_probs: tuple[float, ...]  # RTD's probability, at every position, that the token is a replacement
+    replaced_probs: tuple[
+        float, ...
+    ]  # RTD's, at every position, of a replacement; empty where the model has no RTD head
     restored_ids: tuple[int, ...]  # the decoder's tokens at the masked slots
 
     @property
@@ -53,15 +55,17 @@ def restore_blocks(piece: ChainPiece, microbatch: Microbatch) -> list[Restoratio
     encoded = piece.encode(microbatch)
     assert encoded.sampled_ids is not None
     filled = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, encoded.sampled_ids)
-    probs = piece.rtd_head(encoded.hidden).t().sigmoid()
+    probs: list[tuple] = [()] * microbatch.shape.micro_batch_size
+    is_real = mark_real_positions(microbatch)
+    if piece.context.model.has_rtd_head:
+        probs = _list_rows(piece.rtd_head(encoded.hidden).t().sigmoid(), is_real)
     restored = decode_masked(piece, microbatch, encoded, filled)
     piece.train(was_training)
-    is_real = mark_real_positions(microbatch)
     columns = [
         _list_rows(microbatch.encoder_tokens, is_real),
         _list_rows(microbatch.masked_slots, microbatch.masked_valid),
         _list_rows(filled, is_real),
-        _list_rows(probs, is_real),
+        probs,
         _list_rows(restored, microbatch.masked_valid),
     ]
     return [

@@ -66,19 +66,16 @@ class StepLosses:
         return loss * self._multiplier(self._objective.mlm_loss_weight, "masked")
 
     def add_rtd(self, logits: Tensor, is_replaced: Tensor, is_real: Tensor) -> Tensor:
-        """The replaced-token-detection term of this rank's positions as a scalar to inject; all of one shape."""
+        """The replaced-token-detection term of all positions as a scalar to inject; all of one shape."""
         loss = sum_rtd_loss(logits, is_replaced, is_real)
-        return loss * self._multiplier(self._objective.rtd_loss_weight, "real")
-
-    def record_rtd(self, logits: Tensor, is_replaced: Tensor, is_real: Tensor) -> None:
-        """What the log says of RTD, from the detached logits of ALL positions."""
-        hits = count_rtd_hits(logits, is_replaced, is_real)
+        hits = count_rtd_hits(logits.detach(), is_replaced, is_real)
         self._add(
-            rtd_loss=sum_rtd_loss(logits, is_replaced, is_real),
+            rtd_loss=loss,
             rtd_replaced=hits.num_replaced,
             rtd_replaced_right=hits.replaced_correct,
             rtd_unreplaced_right=hits.unreplaced_correct,
         )
+        return loss * self._multiplier(self._objective.rtd_loss_weight, "real")
 
     def add_lm(self, nll_BM: Tensor, valid_BM: Tensor, replaced_prob_BM: Tensor | None) -> Tensor:
         """The decoder's LM term as the scalar that ends the chain, from per-slot losses in nats.

@@ -27,7 +27,7 @@ from megatron_metro.config.schema import ModelConfig
 from megatron_metro.losses.step import StepLosses
 from megatron_metro.model.heads import MlmHead, RtdHead
 from megatron_metro.model.layer import AttentionInputs
-from megatron_metro.model.network import NetworkPlan, NetworkShare, local_shard
+from megatron_metro.model.network import NetworkPlan, NetworkShare
 from megatron_metro.model.sharded_state import shard_parameters
 from megatron_metro.model.slots import gather_shortened, gather_slots
 from megatron_metro.model.specs import LayerSpec
@@ -149,6 +149,7 @@ class ChainPiece(MegatronModule):
         assert self._message is not None
         rows = self._rows_after(self.previous, microbatch)
         payload = unpack(self._message, rows, microbatch.shape.num_masked_slots)
+        self._message = None  # held no longer than it is needed
         network = self.previous.network
         return _Running(payload, network, self._stack_bias(network, microbatch))
 
@@ -234,23 +235,19 @@ class ChainPiece(MegatronModule):
             assert payload.sampled_ids is not None and microbatch.masked_slots is not None
             config = self.context.configs["encoder"]
             logits = self.rtd_head(hidden)
+            if config.sequence_parallel:  # every rank computes the whole loss; backward keeps its own positions
+                logits = gather_from_sequence_parallel_region(
+                    logits, tensor_parallel_output_grad=False, group=self.tp_group
+                )
             corrupted = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, payload.sampled_ids)
             labels = (corrupted != microbatch.encoder_tokens).t()
-            is_real = mark_real_positions(microbatch).t()
-            loss = self.losses.add_rtd(
-                logits, local_shard(labels, config, self.tp_group), local_shard(is_real, config, self.tp_group)
-            )
-            whole = logits.detach()
-            if config.sequence_parallel:
-                whole = gather_from_sequence_parallel_region(
-                    whole, tensor_parallel_output_grad=False, group=self.tp_group
-                )
-            self.losses.record_rtd(whole, labels, is_real)
-            slots = microbatch.masked_slots.clamp(max=whole.shape[0] - 1)
+            loss = self.losses.add_rtd(logits, labels, mark_real_positions(microbatch).t())
+            slots = microbatch.masked_slots.clamp(max=logits.shape[0] - 1)
             hidden = self.losses.inject(hidden, loss)
             # Widened first: a probability rounded to BF16 would weigh losses in steps of 1/256.
-            wide = torch.promote_types(whole.dtype, torch.float32)
-            payload = replace(payload, replaced_prob=whole.t().gather(1, slots).to(wide).sigmoid().float())
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            weights = logits.detach().t().gather(1, slots).to(wide).sigmoid()
+            payload = replace(payload, replaced_prob=weights.float())
         return replace(running, payload=replace(payload, hidden=hidden))
 
     def _embed_decoder(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:

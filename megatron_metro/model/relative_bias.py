@@ -13,7 +13,6 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter, functional
@@ -89,19 +88,6 @@ class RelativeBias(MegatronModule):
         )
         values_NL = functional.embedding(buckets_L, self.weight).t()
         return expand_diagonals(values_NL, query_length, key_length)[None]
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """The whole table under one key, sharded along axis 1."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 1},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
 
 
 class _ExpandDiagonals(torch.autograd.Function):

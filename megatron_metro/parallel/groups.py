@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -39,19 +40,10 @@ class ParallelGroups:
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
-    model_group: ProcessGroup  # all tensor-parallel and pipeline ranks of one model replica
     # Everything core's layers, schedules, DDP and optimizer ask for. No embedding groups: `shared_weights` sums the
     # copies of shared weights, wherever they live, and core's own synchronisation must stay off.
     collection: ProcessGroupCollection
     timeout: timedelta  # after which a silent peer ends the job
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
 
     def destroy(self) -> None:
         """End all process groups of this process."""
@@ -121,15 +113,16 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor
 
 
-def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Largest value over the group, in place; `tensor` itself is returned. No backward."""
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
-    return tensor
-
-
-def barrier(group: ProcessGroup | None = None) -> None:
-    """Wait until every process of the group is here."""
-    dist.barrier(group)
+def check_equal_on_all_ranks(lines: Sequence[str], what: str) -> None:
+    """Raise ConfigError on every rank where the lines of one differ from those of rank 0. Collective."""
+    everything: list[Sequence[str]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everything, lines)
+    for rank, others in enumerate(everything):
+        for mine, other in zip_longest(everything[0], others, fillvalue="nothing"):
+            if mine != other:
+                raise ConfigError(
+                    f"{what}: rank {rank} has {other.strip()!r} and rank 0 has {mine.strip()!r}; start all ranks alike"
+                )
 
 
 def _check_world_size(parallel: ParallelConfig, world_size: int) -> None:
@@ -180,7 +173,6 @@ def _initialise_model_parallel(parallel: ParallelConfig, timeout: timedelta) -> 
         tp_group=collection.tp,
         pp_group=collection.pp,
         dp_group=collection.dp,
-        model_group=collection.mp,
         collection=collection,
         timeout=timeout,
     )

@@ -51,19 +51,9 @@ class StageLayout:
         assert 0 <= piece_index < self.num_pieces
         return piece_index % self.pp_size, piece_index // self.pp_size
 
-    def owner(self, unit: Unit) -> int:
-        """Index of the piece that holds a unit."""
-        for index, piece in enumerate(self.pieces):
-            if unit in piece:
-                return index
-        raise KeyError(f"the chain has no unit {unit}")
-
     def pieces_holding(self, kinds: Collection[UnitKind]) -> tuple[int, ...]:
         """Indices of the pieces that hold at least one unit of the given kinds."""
         return tuple(i for i, piece in enumerate(self.pieces) if any(unit.kind in kinds for unit in piece))
-
-    def is_first(self, piece_index: int) -> bool:
-        return piece_index == 0
 
     def is_last(self, piece_index: int) -> bool:
         return piece_index == self.num_pieces - 1

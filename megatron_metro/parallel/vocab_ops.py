@@ -164,10 +164,8 @@ def sample(
     return ids_N
 
 
-def argmax(logits_NV: Tensor, shard: VocabShard, statistics: VocabStatistics | None = None) -> Tensor:
+def argmax(logits_NV: Tensor, shard: VocabShard) -> Tensor:
     """The id of each row's largest logit, the smallest one where logits tie: int64 [N], equal on all ranks."""
-    if statistics is not None:
-        return statistics.argmax_N
     logits_NV = logits_NV.detach()
     chunk_max_NC = _padded_chunks(_chunk_maxima(logits_NV, shard), shard, _MINUS_INFINITY)
     best_RN1, best_id_RN1 = _all_gather(_best_token(logits_NV, chunk_max_NC, shard), shard)

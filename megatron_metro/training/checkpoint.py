@@ -272,7 +272,7 @@ def _on_first_rank(function: Callable[[], T]) -> T:
             answer[0] = function()
         except MetroError as error:
             answer[1] = error
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for it)
             answer[1] = StorageError(first_line(error))
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:

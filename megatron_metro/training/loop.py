@@ -20,7 +20,7 @@ from megatron_metro.config.validation import data_parallel_size, require_trainin
 from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.device import Device, activate
 from megatron_metro.model.transformer_config import parameter_dtype
-from megatron_metro.parallel.groups import ParallelGroups, initialise
+from megatron_metro.parallel.groups import ParallelGroups, check_equal_on_all_ranks, initialise
 from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import Tokenizer, load_tokenizer
 from megatron_metro.training.checkpoint import load_checkpoint, save_checkpoint
@@ -78,6 +78,7 @@ def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
         check_folders(run)
         groups = initialise(run.parallel, device, timedelta(minutes=run.parallel.distributed_timeout_minutes))
         try:
+            check_equal_on_all_ranks(format_config(run).splitlines(), "flags")
             Trainer(run, device, groups, tokenizer, train_loader, valid_loader).fit()
         except MetroError:  # on every rank alike; after any other error peers may wait in a collective, so just end
             groups.destroy()

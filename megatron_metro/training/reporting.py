@@ -66,7 +66,9 @@ def format_step(report: StepReport, train_iters: int, now: datetime) -> str:
         f"elapsed time per iteration (ms): {report.seconds_per_iteration * 1000.0:.1f}",
     ]
     if report.tflops_per_device is not None:
-        fields.append(f"throughput per GPU (TFLOP/s/GPU): {report.tflops_per_device:.1f}")
+        # Megatron's one decimal, but for a CPU, which would read 0.0.
+        precision = ".1f" if report.tflops_per_device >= 1 else ".2g"
+        fields.append(f"throughput per GPU (TFLOP/s/GPU): {report.tflops_per_device:{precision}}")
     if report.mfu is not None:
         fields.append(f"MFU: {report.mfu:.1f} %")
     if report.tflops_per_device is not None:

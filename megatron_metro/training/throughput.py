@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable
 
-# Dense BF16 tensor-core peaks in TFLOP/s (NVIDIA's data sheets, SXM boards without sparsity), by name of the device.
-_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4}
+# Dense BF16 tensor-core peaks in TFLOP/s (NVIDIA's data sheets, without sparsity), by part of the device's name: the
+# first that fits.
+_PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4}
 
 
 def peak_tflops(device_name: str | None, *, is_half_precision: bool, override: float | None) -> float | None:

@@ -88,10 +88,11 @@ def send_and_deallocate(is_ours: bool) -> list[float]:
     """Distinct values that rank 1 receives of ones that rank 0 sent and freed while the send was pending."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
+    from torch.distributed import barrier
 
     from megatron_metro.config.schema import ParallelConfig
     from megatron_metro.parallel.communicator import StaticShapeCommunicator
-    from megatron_metro.parallel.groups import barrier, reinitialise
+    from megatron_metro.parallel.groups import reinitialise
 
     groups = reinitialise(ParallelConfig(pipeline_model_parallel_size=2))
     shape = (1024, 4, 256)

@@ -25,20 +25,18 @@ def make_parallel(tp: int, pp: int, vpp: int = 1) -> ParallelConfig:
 
 def describe_groups(tp: int, pp: int) -> dict[str, Any]:
     """This rank's coordinates, and the sums of all ranks over each group."""
-    from megatron_metro.parallel.groups import all_reduce_max, all_reduce_sum, reinitialise
+    from megatron_metro.parallel.groups import all_reduce_sum, reinitialise
 
     groups = reinitialise(make_parallel(tp, pp))
     members = {
         name: int(all_reduce_sum(torch.tensor(10**groups.rank), getattr(groups, f"{name}_group")))
-        for name in ("tp", "pp", "dp", "model", "world")
+        for name in ("tp", "pp", "dp", "world")
     }
     return {
         "rank": groups.rank,
         "coordinates": (groups.pp_rank, groups.dp_rank, groups.tp_rank),
         "sizes": (groups.pp_size, groups.dp_size, groups.tp_size),
         "members": members,
-        "largest": int(all_reduce_max(torch.tensor(groups.rank), groups.world_group)),
-        "edges": (groups.is_first_stage, groups.is_last_stage),
         "embedding_groups": (groups.collection.embd, groups.collection.pos_embd),
     }
 
@@ -60,11 +58,8 @@ def test_rank_grid_is_megatrons(world: int, tp: int, pp: int, pool: Callable[[in
             "tp": members_of(grid[p, d].tolist()),
             "pp": members_of(grid[:, d, t].tolist()),
             "dp": members_of(grid[p, :, t].tolist()),
-            "model": members_of(grid[:, d].flatten().tolist()),
             "world": members_of(list(range(world))),
         }
-        assert result["largest"] == world - 1
-        assert result["edges"] == (p == 0, p == pp - 1)
         assert result["embedding_groups"] == (None, None)
 
 
@@ -117,7 +112,6 @@ def test_layouts_larger_than_the_job_are_refused_in_one_line(pool: Callable[[int
 
 def test_one_process_needs_no_launcher(groups: Any) -> None:
     assert (groups.world_size, groups.rank, groups.tp_size, groups.pp_size, groups.dp_size) == (1, 0, 1, 1, 1)
-    assert groups.is_first_stage and groups.is_last_stage
 
 
 PROGRAM = """

@@ -126,7 +126,7 @@ def break_a_copy(case: Case, change: str) -> tuple[int, list[str], str, str]:
     for copy in tokens.copies:
         copy.data[5, 3] = 0.0
     assert engine.shared.find_differing() == []
-    if engine.groups.dp_rank == 0 and engine.groups.is_last_stage:
+    if engine.groups.dp_rank == 0 and engine.groups.pp_rank == engine.groups.pp_size - 1:
         number = tokens.copies[-1].data[5, 3:4]
         if change == "sign of zero":
             number.neg_()

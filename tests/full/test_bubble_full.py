@@ -21,7 +21,8 @@ UNIT_SECONDS = 0.5  # of one forward pass through a whole rank's share; backward
 
 def measure_timeline(case: Case) -> list:
     """This rank's passes in one paced step; processes sleep, so that few cores suffice for all."""
-    from megatron_metro.parallel.groups import barrier
+    from torch.distributed import barrier
+
     from tests.helpers.pipeline import build_engine, microbatches_of, recording_schedule
 
     engine = build_engine(case)

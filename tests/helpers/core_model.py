@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from megatron_metro.config.schema import ParallelConfig
 from megatron_metro.device import Device
 from megatron_metro.parallel.communicator import StaticShapeCommunicator
-from megatron_metro.parallel.groups import ParallelGroups, barrier, reinitialise
+from megatron_metro.parallel.groups import ParallelGroups, reinitialise
 
 VOCAB, WIDTH, SEQUENCE, BATCH = 32, 16, 8, 2
 
@@ -277,7 +277,7 @@ def save_and_load(setting: Setting, folder: str) -> tuple[list[tuple[float, floa
     trainer.step(0)
     if trainer.groups.rank == 0:
         Path(folder).mkdir(exist_ok=True)
-    barrier()
+    torch.distributed.barrier()
     trainer.gather_parameters()
     dist_checkpointing.save(trainer.sharded_state(), folder)
     first = [trainer.step(step) for step in (1, 2)]

@@ -65,14 +65,15 @@ def write_source(folder: Path, num_documents: int = 1000, length: int = 1000, se
     return prefix
 
 
-def markov_run(prefix: str, save: Path, num_steps: int, batch_size: int = 16, **logging: Any) -> RunConfig:
-    """metro-tiny on the source: everything as in the preset but the data, the batches and the length of the run."""
+def markov_run(prefix: str, save: Path, num_steps: int, batch_size: int = 32, **logging: Any) -> RunConfig:
+    """metro-tiny on the source: all as in the preset but data, batches, length of the run and a constant rate."""
     run = metro_tiny()
     return replace(
         run,
         model=replace(run.model, vocab_size=TOKENIZER.vocab_size),
         tokenizer=replace(run.tokenizer, tokenizer_type="NullTokenizer", vocab_extra_ids=NUM_SENTINELS),
         data=replace(run.data, data_path=(prefix,), split="95,5,0", num_workers=0),
+        optimizer=replace(run.optimizer, lr_decay_style="constant"),
         training=replace(
             run.training,
             micro_batch_size=batch_size,

@@ -46,9 +46,9 @@ def test_a_state_has_two_successors_and_two_predecessors():
 
 
 def test_losses_fall_below_what_frequencies_tell(short_run: Curves):
-    """Held-out text; 2.82 and 4.02 nats were measured. The generator, which sees no prefix, is slower."""
-    assert short_run.held_out["lm_loss"] < UNIGRAM_ENTROPY - 1.0
-    assert short_run.held_out["mlm_loss"] < UNIGRAM_ENTROPY - 0.08
+    """Held-out text; 1.16 and 3.69 nats were measured. The generator, which sees no prefix, is slower."""
+    assert short_run.held_out["lm_loss"] < UNIGRAM_ENTROPY - 2.5
+    assert short_run.held_out["mlm_loss"] < UNIGRAM_ENTROPY - 0.3
     assert short_run.held_out["rtd_loss"] < base_rate_entropy(short_run.held_out["replace_ratio"]) + 0.01
 
 

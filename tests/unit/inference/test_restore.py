@@ -49,6 +49,11 @@ def restore_with_oracle(piece: ChainPiece, batch: Microbatch) -> list[Expected]:
     return results
 
 
+def test_without_an_rtd_head_there_are_no_verdicts(groups):
+    piece, batch = make_piece(groups, rtd_head="none"), tiny.metro_batch(2, seed=31)
+    assert [block.replaced_probs for block in restore_blocks(piece, batch)] == [(), ()]
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_restoration_equals_the_oracle(groups, padded):
     piece, batch = make_piece(groups), tiny.metro_batch(4, seed=31, padded=padded)

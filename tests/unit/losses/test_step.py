@@ -76,12 +76,6 @@ def make_case(seed: int = 0) -> Case:
     )  # fmt: skip
 
 
-def add_rtd(losses: StepLosses, case: Case) -> torch.Tensor:
-    logits, is_replaced, is_real = case.rtd
-    losses.record_rtd(logits.detach(), is_replaced, is_real)
-    return losses.add_rtd(*case.rtd)
-
-
 def add_lm(losses: StepLosses, case: Case) -> torch.Tensor:
     losses.record_lm(case.lm_right, case.filled_wrong, case.valid)
     return losses.add_lm(case.lm_nll, case.valid, case.prob)
@@ -89,7 +83,7 @@ def add_lm(losses: StepLosses, case: Case) -> torch.Tensor:
 
 def add_all(losses: StepLosses, case: Case) -> dict[str, torch.Tensor]:
     mlm = losses.add_mlm(case.mlm_nll, case.mlm_right, case.valid)
-    return {"mlm": mlm, "rtd": add_rtd(losses, case), "lm": add_lm(losses, case)}
+    return {"mlm": mlm, "rtd": losses.add_rtd(*case.rtd), "lm": add_lm(losses, case)}
 
 
 def test_injected_and_returned_losses_make_up_the_objective():
@@ -153,7 +147,7 @@ def test_stages_and_microbatches_add_up():
         case = make_case(seed)
         add_all(whole, case)
         first.add_mlm(case.mlm_nll, case.mlm_right, case.valid)
-        add_rtd(second, case)
+        second.add_rtd(*case.rtd)
         add_lm(third, case)
     first.sums += second.sums + third.sums
     assert first.summarise() == pytest.approx(whole.summarise(), abs=1e-12)

@@ -64,6 +64,7 @@ def test_speed_and_parameter_norm_are_told_when_known():
     ) in line
     assert "grad norm: 1.235 | params norm: 12.346 | number of skipped iterations:   2" in line
     assert "MFU" not in format_step(replace(report, peak_tflops=None), 100, NOW)
+    assert "(TFLOP/s/GPU): 0.012 | " in format_step(replace(report, tflops_per_device=0.01234), 100, NOW)
 
 
 def test_the_validation_box():
