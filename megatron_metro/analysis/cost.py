@@ -11,9 +11,10 @@ meanwhile. In layers such bytes go with the FLOPs.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from megatron_metro.config.chain import Unit, build_chain
+from megatron_metro.config.chain import Network, Unit, build_chain
 from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.lengths import Lengths, mean_lengths
+from megatron_metro.config.network_sizes import NetworkSizes, has_projected_embedding, network_sizes, rtd_head_width
 from megatron_metro.config.payload import payload_rows
 from megatron_metro.config.schema import ModelConfig, RunConfig
 
@@ -91,7 +92,7 @@ def message_bytes(unit: Unit, model: ModelConfig, lengths: Lengths, message: Mes
         num_masked_slots=round(lengths.masked),
         sequence_shards=message.sequence_shards,
     )
-    return rows.total * message.micro_batch_size * model.hidden_size * message.element_size
+    return rows.total * message.micro_batch_size * rows.width * message.element_size
 
 
 def training_flops(model: ModelConfig, lengths: Lengths, *, every_position: bool = False) -> float:
@@ -116,17 +117,18 @@ def forward_flops(unit: Unit, model: ModelConfig, lengths: Lengths, *, every_pos
     """
     h, s = model.hidden_size, lengths.encoder
     match unit.kind:
+        case "generator_embedding":
+            return 2.0 * s * _embedding_projection(model)
         case "generator_layer":
             is_short = unit.index == model.generator_num_layers - 1 and not every_position
-            return _encoder_layer_flops(model, s, min(lengths.masked, s) if is_short else s)
+            sizes = network_sizes(model, "generator")
+            return _encoder_layer_flops(model, sizes, s, min(lengths.masked, s) if is_short else s)
         case "mlm_head":
-            dense = 2 * lengths.masked * h**2 if model.mlm_head == "roberta" else 0.0
-            return dense + 2 * lengths.masked * h * vocabulary(model)
+            return 2 * lengths.masked * (_mlm_dense(model) + _mlm_width(model) * vocabulary(model))
         case "encoder_layer":
-            return _encoder_layer_flops(model, s, s)
+            return _encoder_layer_flops(model, network_sizes(model, "encoder"), s, s)
         case "encoder_head":
-            dense = 2 * s * h**2 if model.rtd_head == "roberta" else 0.0
-            return dense + 2 * s * h if model.has_rtd_head else 0.0
+            return 2.0 * s * (_rtd_dense(model) + rtd_head_width(model)) if model.has_rtd_head else 0.0
         case "decoder_layer":
             is_short = unit.index == model.decoder_num_layers - 1 and not every_position
             t = lengths.decoder
@@ -141,13 +143,14 @@ def _numbers_moved(unit: Unit, model: ModelConfig, lengths: Lengths, micro_batch
     """Numbers that an embedding or a head moves in a microbatch besides its products; 0 for layers."""
     h, v = model.hidden_size, vocabulary(model)
     gradient = TOKEN_GRADIENT_PASSES * v * h
+    mlm_gradient = TOKEN_GRADIENT_PASSES * v * _mlm_width(model)
     rows = ROW_PASSES * micro_batch_size * h
     logits = LOGIT_PASSES * micro_batch_size * v
     match unit.kind:
         case "generator_embedding" | "encoder_embedding":
             return gradient + rows * lengths.encoder
         case "mlm_head":  # projects to the vocabulary, and looks up the encoder's input
-            return 2 * gradient + logits * lengths.masked + rows * lengths.encoder
+            return mlm_gradient + gradient + logits * lengths.masked + rows * lengths.encoder
         case "encoder_head":
             return rows * lengths.encoder if model.has_rtd_head else 0.0
         case "decoder_embedding":
@@ -158,24 +161,25 @@ def _numbers_moved(unit: Unit, model: ModelConfig, lengths: Lengths, micro_batch
             return 0.0
 
 
-def _encoder_layer_flops(model: ModelConfig, s: int, queries: float) -> float:
+def _encoder_layer_flops(model: ModelConfig, sizes: NetworkSizes, s: int, queries: float) -> float:
     """A layer that sees `s` positions and computes its output at `queries` of them: 24 s h^2 + 4 s^2 h when all."""
-    h, p = model.hidden_size, _heads_width(model)
+    h, p = sizes.hidden_size, sizes.heads_width
     keys_and_values, query_and_output = 4 * s * h * p, 4 * queries * h * p
-    return keys_and_values + query_and_output + 4 * queries * s * p + _feed_forward_flops(model, queries)
+    return keys_and_values + query_and_output + 4 * queries * s * p + _feed_forward_flops(model, sizes, queries)
 
 
 def _decoder_layer_flops(model: ModelConfig, lengths: Lengths, queries: float) -> float:
     """28 t h^2 + 4 s h^2 + 4 c t^2 h + 4 s t h when all positions are queries."""
-    h, p, s, t = model.hidden_size, _heads_width(model), lengths.encoder, lengths.decoder
+    sizes = network_sizes(model, "decoder")
+    h, p, s, t = sizes.hidden_size, sizes.heads_width, lengths.encoder, lengths.decoder
     self_attention = 4 * t * h * p + 4 * queries * h * p + 4 * CAUSAL_SHARE * queries * t * p
     cross_attention = 4 * s * h * p + 4 * queries * h * p + 4 * queries * s * p
-    return self_attention + cross_attention + _feed_forward_flops(model, queries)
+    return self_attention + cross_attention + _feed_forward_flops(model, sizes, queries)
 
 
-def _feed_forward_flops(model: ModelConfig, positions: float) -> float:
+def _feed_forward_flops(model: ModelConfig, sizes: NetworkSizes, positions: float) -> float:
     num_matrices = 3 if model.activation == "gated-gelu" else 2
-    return 2 * num_matrices * positions * model.hidden_size * model.ffn_hidden_size
+    return 2 * num_matrices * positions * sizes.hidden_size * sizes.ffn_hidden_size
 
 
 def count_parameters(units: Iterable[Unit], model: ModelConfig) -> int:
@@ -200,19 +204,19 @@ def unit_weights(unit: Unit, model: ModelConfig) -> dict[str, int]:
     match unit.kind:
         case "generator_embedding":
             shares = model.generator_embedding_sharing == "token_pos_norm"
-            return words | _embedding_weights("encoder" if shares else "generator", model)
+            projection = {str(unit): _embedding_projection(model)}
+            return words | _embedding_weights("encoder" if shares else "generator", model) | projection
         case "encoder_embedding":
             return words | _embedding_weights("encoder", model)
         case "decoder_embedding":
             return words | _embedding_weights("decoder", model)
         case "mlm_head":
-            dense = _dense_and_norm(model) if model.mlm_head == "roberta" else 0
-            own = dense + _final_norm(model) + vocabulary(model)
+            own = _mlm_head(model) + _final_norm(model, "generator")
             return words | _embedding_weights("encoder", model) | {str(unit): own}
         case "encoder_head":
-            return {str(unit): _final_norm(model) + _rtd_head(model)}
+            return {str(unit): _final_norm(model, "encoder") + _rtd_head(model)}
         case "lm_head":
-            final_norm = {str(unit): _final_norm(model)}
+            final_norm = {str(unit): _final_norm(model, "decoder")}
             if model.untie_embeddings_and_output_weights:
                 return {"lm_head.weight": vocabulary(model) * model.hidden_size} | final_norm
             return words | final_norm
@@ -226,18 +230,19 @@ def _embedding_weights(network: str, model: ModelConfig) -> dict[str, int]:
         rows = model.max_position_embeddings + FIRST_POSITION_ROW
         weights[f"{network}.position_embeddings.weight"] = rows * model.hidden_size
     if model.norm_placement == "post":
-        weights[f"{network}.embedding_norm"] = _norm(model)
+        weights[f"{network}.embedding_norm"] = _norm(model, model.hidden_size)
     return weights
 
 
 def _layer_weights(unit: Unit, model: ModelConfig) -> dict[str, int]:
-    h, f, p, bias = model.hidden_size, model.ffn_hidden_size, _heads_width(model), model.add_bias_linear
+    sizes, bias = network_sizes(model, unit.network), model.add_bias_linear
+    h, f, p = sizes.hidden_size, sizes.ffn_hidden_size, sizes.heads_width
     is_decoder = unit.kind == "decoder_layer"
     attention = 4 * h * p + (3 * p + h if bias else 0)
     inner = 2 * f if model.activation == "gated-gelu" else f
     feed_forward = inner * h + f * h + (inner + h if bias else 0)
-    own = (2 if is_decoder else 1) * attention + feed_forward + (3 if is_decoder else 2) * _norm(model)
-    table = model.relative_attention_num_buckets * model.num_attention_heads
+    own = (2 if is_decoder else 1) * attention + feed_forward + (3 if is_decoder else 2) * _norm(model, h)
+    table = model.relative_attention_num_buckets * sizes.num_attention_heads
     has_bias = model.relative_attention_decoder or not is_decoder
     if has_bias and model.relative_attention == "per_layer":
         own += table
@@ -247,27 +252,50 @@ def _layer_weights(unit: Unit, model: ModelConfig) -> dict[str, int]:
     return weights
 
 
+def _embedding_projection(model: ModelConfig) -> int:
+    """Weights between embeddings and a generator of another width."""
+    generator = network_sizes(model, "generator")
+    return model.hidden_size * generator.hidden_size if has_projected_embedding(model) else 0
+
+
+def _mlm_width(model: ModelConfig) -> int:
+    """Width of the vocabulary matrix of the MLM head: its own, or the model's."""
+    return network_sizes(model, "generator").hidden_size if model.untie_mlm_head else model.hidden_size
+
+
+def _mlm_dense(model: ModelConfig) -> int:
+    """Weights of the MLM head before its vocabulary matrix, without bias: a dense layer or a bare projection."""
+    h = network_sizes(model, "generator").hidden_size
+    return h * _mlm_width(model) if model.mlm_head == "roberta" or h != _mlm_width(model) else 0
+
+
+def _mlm_head(model: ModelConfig) -> int:
+    width = _mlm_width(model)
+    bias_and_norm = width + _norm(model, width) if model.mlm_head == "roberta" else 0
+    matrix = vocabulary(model) * width if model.untie_mlm_head else 0
+    return _mlm_dense(model) + bias_and_norm + matrix + vocabulary(model)
+
+
+def _rtd_dense(model: ModelConfig) -> int:
+    """Weights of the RTD head before its last layer, without bias."""
+    return 0 if model.rtd_head == "simple" else model.hidden_size * rtd_head_width(model)
+
+
 def _rtd_head(model: ModelConfig) -> int:
     if not model.has_rtd_head:
         return 0
-    dense = _dense_and_norm(model) if model.rtd_head == "roberta" else 0
-    return dense + model.hidden_size + 1
+    width = rtd_head_width(model)
+    bias = 0 if model.rtd_head == "simple" else width
+    norm = _norm(model, width) if model.rtd_head == "roberta" else 0
+    return _rtd_dense(model) + bias + norm + width + 1
 
 
-def _dense_and_norm(model: ModelConfig) -> int:
-    return model.hidden_size**2 + model.hidden_size + _norm(model)
+def _norm(model: ModelConfig, width: int) -> int:
+    return width * (2 if model.normalization == "LayerNorm" else 1)
 
 
-def _norm(model: ModelConfig) -> int:
-    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
-
-
-def _final_norm(model: ModelConfig) -> int:
-    return _norm(model) if model.norm_placement == "pre" else 0
-
-
-def _heads_width(model: ModelConfig) -> int:
-    return model.num_attention_heads * model.head_size
+def _final_norm(model: ModelConfig, network: Network) -> int:
+    return _norm(model, network_sizes(model, network).hidden_size) if model.norm_placement == "pre" else 0
 
 
 def vocabulary(model: ModelConfig) -> int:

@@ -1,8 +1,10 @@
 """Checks of what is trained: the model, its lengths and its objective, also against the tensor-parallel size."""
 
+from megatron_metro.config.chain import Network
 from megatron_metro.config.legal import nearest_divisors, nearest_multiples, require
 from megatron_metro.config.lengths import static_lengths
 from megatron_metro.config.objectives import check_data_of_objective
+from megatron_metro.config.network_sizes import network_sizes
 from megatron_metro.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 VOCAB_CHUNK = 128  # columns of the fixed grid on which the sampler sums probabilities
@@ -15,27 +17,42 @@ def derive_decoder_length(config: RunConfig) -> int:
 
 def check_widths(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Widths, heads and vocabulary divide as they must."""
-    heads, tp = model.num_attention_heads, parallel.tensor_model_parallel_size
-    require(
-        model.kv_channels is not None or model.hidden_size % heads == 0,
-        f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads {heads}; give "
-        f"{nearest_divisors(model.hidden_size, heads)} heads, or --kv-channels",
-    )
-    require(
-        heads % tp == 0,
-        f"--num-attention-heads {heads} is not a multiple of --tensor-model-parallel-size {tp}; give "
-        f"{nearest_multiples(heads, tp)} heads, or size {nearest_divisors(heads, tp)}",
-    )
-    require(
-        model.ffn_hidden_size % tp == 0,
-        f"--ffn-hidden-size {model.ffn_hidden_size} is not a multiple of --tensor-model-parallel-size {tp}; give "
-        f"{nearest_multiples(model.ffn_hidden_size, tp)}",
-    )
+    tp = parallel.tensor_model_parallel_size
+    _check_network_widths(model, "encoder", tp)
+    if model.has_generator:
+        _check_network_widths(model, "generator", tp)
     divisor = model.make_vocab_size_divisible_by
     require(
         divisor % VOCAB_CHUNK == 0,
         f"--make-vocab-size-divisible-by {divisor} is not a multiple of {VOCAB_CHUNK}, the sampler's chunk; give "
         f"{nearest_multiples(divisor, VOCAB_CHUNK)}",
+    )
+
+
+def _check_network_widths(model: ModelConfig, network: Network, tp: int) -> None:
+    """Encoder and decoder have the same widths; the generator's flags are named only where they are given."""
+    sizes = network_sizes(model, network)
+
+    def name(field: str) -> str:
+        own = f"generator_{field}"
+        is_own = network == "generator" and getattr(model, own) is not None
+        return "--" + (own if is_own else field).replace("_", "-")
+
+    hidden, ffn, heads = sizes.hidden_size, sizes.ffn_hidden_size, sizes.num_attention_heads
+    hidden_flag, ffn_flag, heads_flag = map(name, ("hidden_size", "ffn_hidden_size", "num_attention_heads"))
+    require(
+        model.kv_channels is not None or hidden % heads == 0,
+        f"{hidden_flag} {hidden} is not a multiple of {heads_flag} {heads}; give "
+        f"{nearest_divisors(hidden, heads)} heads, or --kv-channels",
+    )
+    require(
+        heads % tp == 0,
+        f"{heads_flag} {heads} is not a multiple of --tensor-model-parallel-size {tp}; give "
+        f"{nearest_multiples(heads, tp)} heads, or size {nearest_divisors(heads, tp)}",
+    )
+    require(
+        ffn % tp == 0,
+        f"{ffn_flag} {ffn} is not a multiple of --tensor-model-parallel-size {tp}; give {nearest_multiples(ffn, tp)}",
     )
 
 
@@ -61,6 +78,11 @@ def check_architecture(model: ModelConfig) -> None:
     require(
         not (model.scale_lm_output and model.untie_embeddings_and_output_weights),
         "--scale-lm-output belongs to a tied head, found --untie-embeddings-and-output-weights; drop one of them",
+    )
+    require(
+        model.rtd_head_hidden_size is None or model.rtd_head == "gelu",
+        f"--rtd-head-hidden-size {model.rtd_head_hidden_size} is the inner width of --rtd-head gelu, found --rtd-head "
+        f"{model.rtd_head}; give --rtd-head gelu or drop the width",
     )
     shares_all = model.has_generator and model.generator_embedding_sharing == "token_pos_norm"
     require(

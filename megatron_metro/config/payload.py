@@ -1,12 +1,15 @@
 """What crosses a boundary between two pieces of the chain: named parts and their rows. A pure function of numbers.
 
-A message is one tensor [rows, b, h] (design: one chain, one payload, three losses). `parallel.boundary` packs it and
-the cost model counts its bytes, both from the numbers given here.
+A message is one tensor [rows, b, width] (design: one chain, one payload, three losses), as wide as the network it
+leaves: within a generator of its own width only that network's hidden states cross, and shapes are known to both sides,
+so nothing is padded or projected for the journey. `parallel.boundary` packs it and the cost model counts its bytes,
+both from the numbers given here.
 """
 
 from dataclasses import dataclass
 
 from megatron_metro.config.chain import Unit
+from megatron_metro.config.network_sizes import network_sizes
 from megatron_metro.config.schema import ModelConfig
 
 NUM_WEIGHT_DIGITS = 4  # the four bytes of one FP32 number
@@ -17,7 +20,7 @@ class PayloadRows:
     """Rows of each part of a message, in the order in which they are concatenated.
 
     The hidden states and the encoder output are shards of the sequence under sequence parallelism; the aux rows are
-    whole on every tensor-parallel rank. An aux row holds `width` base-256 digits, each exact in BF16 and FP16:
+    whole on every tensor-parallel rank. Each number of an aux row is a base-256 digit, exact in BF16 and FP16:
     `num_id_digits` of the sampled id and `num_weight_digits` of the FP32 weight sigmoid(z) per masked slot.
     """
 
@@ -26,6 +29,7 @@ class PayloadRows:
     aux: int
     num_id_digits: int
     num_weight_digits: int
+    width: int  # numbers in a row
 
     @property
     def total(self) -> int:
@@ -59,12 +63,14 @@ def payload_rows(
     num_id_digits = _count_id_digits(model) if model.has_generator and unit.network != "generator" else 0
     num_weight_digits = NUM_WEIGHT_DIGITS if model.has_rtd_head and (in_decoder or unit.kind == "encoder_head") else 0
     num_digits = num_masked_slots * (num_id_digits + num_weight_digits)
+    width = network_sizes(model, unit.network).hidden_size
     return PayloadRows(
         hidden=decoder_rows if in_decoder else encoder_rows,
         encoder_output=encoder_rows if in_decoder else 0,
-        aux=-(-num_digits // model.hidden_size),
+        aux=-(-num_digits // width),
         num_id_digits=num_id_digits,
         num_weight_digits=num_weight_digits,
+        width=width,
     )
 
 

@@ -30,11 +30,26 @@ class ModelConfig:
         minimum=0,
         maximum=10_000,
     )
-    hidden_size: int = option(768, "width of encoder, decoder and generator", minimum=1, maximum=1_048_576)
+    hidden_size: int = option(768, "width of encoder and decoder", minimum=1, maximum=1_048_576)
     ffn_hidden_size: int = option(3072, "width of the feed-forward layers", minimum=1, maximum=1_048_576)
     num_attention_heads: int = option(12, "attention heads", minimum=1, maximum=65_536)
     kv_channels: int | None = option(
         None, "width of one head; hidden-size / num-attention-heads when not given", minimum=1
+    )
+    generator_hidden_size: int | None = option(
+        None,
+        "width of the generator; where it is not hidden-size, embeddings are projected",
+        minimum=1,
+        maximum=1_048_576,
+    )
+    generator_ffn_hidden_size: int | None = option(
+        None,
+        "width of the generator's feed-forward layers; ffn-hidden-size when not given",
+        minimum=1,
+        maximum=1_048_576,
+    )
+    generator_num_attention_heads: int | None = option(
+        None, "the generator's attention heads; num-attention-heads when not given", minimum=1, maximum=65_536
     )
     max_position_embeddings: int = option(1024, "longest sequence the learned positions can address", minimum=1)
     position_embedding_type: Literal["learned_absolute", "none"] = option(
@@ -62,12 +77,22 @@ class ModelConfig:
         None, "scale of the attention scores; kv-channels^-0.5 when not given, 1.0 in T5", above=0.0
     )
     untie_embeddings_and_output_weights: bool = option(False, "give the LM head its own matrix")
-    scale_lm_output: bool = option(False, "multiply the decoder output by hidden-size^-0.5 before the head (T5, tied)")
+    scale_lm_output: bool = option(False, "multiply states by hidden-size^-0.5 before a tied head (T5)")
     generator_embedding_sharing: Literal["token", "token_pos_norm"] = option(
         "token", "what generator and main model share: token matrix, or positions and embedding norm too (base++)"
     )
-    mlm_head: Literal["roberta", "linear"] = option("roberta", "generator head: dense-ReLU-norm-tied, or tied alone")
-    rtd_head: Literal["simple", "roberta", "none"] = option("roberta", "replaced-token-detection head of the encoder")
+    mlm_head: Literal["roberta", "linear"] = option(
+        "roberta", "generator head: dense, ReLU, norm and vocabulary matrix, or the matrix alone"
+    )
+    untie_mlm_head: bool = option(False, "give the generator's head its own vocabulary matrix (SPACTOR)")
+    rtd_head: Literal["simple", "roberta", "gelu", "none"] = option(
+        "roberta",
+        "replaced-token-detection head of the encoder: one linear layer; dense, ReLU and norm before it; dense and "
+        "GELU before it (SPACTOR)",
+    )
+    rtd_head_hidden_size: int | None = option(
+        None, "inner width of --rtd-head gelu; ffn-hidden-size when not given", minimum=1, maximum=1_048_576
+    )
     hidden_dropout: float = option(
         0.1, "dropout after embeddings and sublayers of the main model", minimum=0.0, below=1.0
     )

@@ -5,70 +5,82 @@ rank's shard under sequence parallelism), b sequences.
 """
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter, functional
 
+from megatron_metro.config.network_sizes import rtd_head_width
+from megatron_metro.config.schema import ModelConfig
+from megatron_metro.model.dense import Dense
 from megatron_metro.model.specs import LayerSpec
 from megatron_metro.model.vocabulary import TokenMatrix
-
-
-class Dense(MegatronModule):
-    """A linear layer that every tensor-parallel rank holds whole."""
-
-    def __init__(self, config: TransformerConfig, in_size: int, out_size: int, *, sees_shard: bool) -> None:
-        super().__init__(config)
-        device = torch.cuda.current_device()
-        self.weight = Parameter(torch.empty(out_size, in_size, device=device, dtype=config.params_dtype))
-        self.bias = Parameter(torch.empty(out_size, device=device, dtype=config.params_dtype))
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel and sees_shard  # type: ignore[attr-defined]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., in_size] to [..., out_size]."""
-        return functional.linear(hidden, self.weight, self.bias)
+from megatron_metro.parallel.vocab_ops import VocabShard
 
 
 class MlmHead(MegatronModule):
-    """Generator head up to the tied projection: dense, ReLU, norm, and an output bias (reference section 1.7).
+    """Generator head to logits: dense, ReLU and norm (reference section 1.7), or nothing; a vocabulary matrix; a bias.
 
-    It runs on gathered slots, which all tensor-parallel ranks hold alike.
+    The matrix is the model's, which a generator of another width is projected to (by the dense layer where there is
+    one, as ELECTRA does), or the head's own. It runs on gathered slots, which all tensor-parallel ranks hold alike.
     """
 
     def __init__(
-        self, config: TransformerConfig, spec: LayerSpec, kind: str, local_vocab: int, tp_group: object
+        self,
+        config: TransformerConfig,
+        spec: LayerSpec,
+        model: ModelConfig,
+        shard: VocabShard,
+        collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
-        self.tp_group = tp_group
-        if kind == "roberta":
-            self.dense = Dense(config, config.hidden_size, config.hidden_size, sees_shard=False)
-            self.norm = spec.norm(config, config.hidden_size, sees_shard=False)
+        self.tp_group = collection.tp
+        width = config.hidden_size if model.untie_mlm_head else model.hidden_size
+        # As before the LM head: T5's token matrix has entries of size 1.
+        self.scale = width**-0.5 if model.scale_lm_output and not model.untie_mlm_head else 1.0
+        if model.mlm_head == "roberta":
+            self.dense = Dense(config, config.hidden_size, width, sees_shard=False)
+            self.norm = spec.norm(config, width, sees_shard=False)
+        elif width != config.hidden_size:
+            self.projection = Dense(config, config.hidden_size, width, sees_shard=False, has_bias=False)
+        if model.untie_mlm_head:
+            self.output = TokenMatrix(config, shard, collection)
         device = torch.cuda.current_device()
-        self.output_bias = Parameter(torch.empty(local_vocab, device=device, dtype=config.params_dtype))
+        self.output_bias = Parameter(torch.empty(shard.num_columns, device=device, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.output_bias, True, 0, 1)
 
     def forward(self, rows_RH: Tensor, word_embeddings: TokenMatrix) -> Tensor:
         """[r, h] hidden states at masked slots to [r, v] logits."""
         if hasattr(self, "dense"):
             rows_RH = self.norm(functional.relu(self.dense(rows_RH)))
-        logits: Tensor = word_embeddings(rows_RH, project=True)
+        if hasattr(self, "projection"):
+            rows_RH = self.projection(rows_RH)
+        matrix = self.output if hasattr(self, "output") else word_embeddings
+        logits: Tensor = matrix(rows_RH * self.scale, project=True)
         return logits + self.output_bias
 
 
 class RtdHead(MegatronModule):
-    """One logit per encoder position: is this token a replacement? (reference section 1.7)"""
+    """One logit per encoder position: is this token a replacement?
 
-    def __init__(self, config: TransformerConfig, spec: LayerSpec, kind: str) -> None:
+    METRO's heads are in reference section 1.7; "gelu" is SPACTOR's, a dense layer of its own width and GELU.
+    """
+
+    def __init__(self, config: TransformerConfig, spec: LayerSpec, model: ModelConfig) -> None:
         super().__init__(config)
-        if kind == "roberta":
-            self.dense = Dense(config, config.hidden_size, config.hidden_size, sees_shard=True)
-            self.norm = spec.norm(config, config.hidden_size)
-        self.output = Dense(config, config.hidden_size, 1, sees_shard=True)
+        width = rtd_head_width(model)
+        if model.rtd_head != "simple":
+            self.dense = Dense(config, config.hidden_size, width, sees_shard=True)
+        if model.rtd_head == "roberta":
+            self.norm = spec.norm(config, width)
+        self.output = Dense(config, width, 1, sees_shard=True)
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:
         """[s, b, h] to logits [s, b]."""
-        if hasattr(self, "dense"):
+        if hasattr(self, "norm"):
             hidden_SBH = self.norm(functional.relu(self.dense(hidden_SBH)))
+        elif hasattr(self, "dense"):
+            hidden_SBH = functional.gelu(self.dense(hidden_SBH))
         return self.output(hidden_SBH).squeeze(-1)

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_metro.config.chain import Network
+from megatron_metro.config.network_sizes import NetworkSizes, network_sizes
 from megatron_metro.config.schema import ModelConfig
 from megatron_metro.model.network import PADDING_POSITION_ROW
+from megatron_metro.model.weights import count_parts, has_vocabulary_rows
 from megatron_metro.parallel.vocab_ops import VocabShard
 
 _BLOCK_ELEMENTS = 2**16
 _SHARDED_ALONG_DIM_1 = ("linear_proj.weight", "linear_fc2.weight", "relative_bias.weight")
-_SHARDED_BY_VOCABULARY = ("word_embeddings.weight", "lm_head.weight", "mlm_head.output_bias")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +59,8 @@ def fill(
         size, rank = shard.size, shard.rank
     lines = parameter.movedim(dim, 0)
     num_local = lines.shape[0]
-    num_lines = shard.vocab_size if name.endswith(_SHARDED_BY_VOCABULARY) else num_local * size
-    # A gated first layer holds a gate and a value matrix; each rank has its share of both.
-    num_parts = 2 if model.activation == "gated-gelu" and "linear_fc1" in name else 1
+    num_lines = shard.vocab_size if has_vocabulary_rows(name) else num_local * size
+    num_parts = count_parts(name, model)
     part_size = num_local // num_parts
     stream = _Stream(name=name, seed=seed, num_lines=num_lines, line_shape=tuple(lines.shape[1:]))
     for part in range(num_parts):
@@ -68,7 +69,8 @@ def fill(
     if distribution.zero_line is not None:
         lines[distribution.zero_line].zero_()
     if distribution.query_factor != 1.0:
-        lines.view(-1, 3, model.head_size, *lines.shape[1:])[:, 0].mul_(distribution.query_factor)
+        head_size = _find_sizes(name, model).head_size
+        lines.view(-1, 3, head_size, *lines.shape[1:])[:, 0].mul_(distribution.query_factor)
 
 
 def choose_distribution(name: str, model: ModelConfig) -> Distribution:
@@ -76,19 +78,19 @@ def choose_distribution(name: str, model: ModelConfig) -> Distribution:
 
     `--init-method metro` means the reference's (section 1.8) for a Post-LN model and, for a Pre-LN one, T5's own.
     """
-    network, (module, leaf) = name.split(".")[0], name.split(".")[-2:]
+    network, (module, leaf), sizes = name.split(".")[0], name.split(".")[-2:], _find_sizes(name, model)
     if module.endswith("norm"):
         return _constant(1.0 if leaf == "weight" else 0.0)
     if model.init_method == "normal":
         distribution = _normal(model.init_method_std) if leaf == "weight" else _constant(0.0)
     elif module == "dense" and network in ("mlm_head", "rtd_head"):
-        distribution = Distribution(kind="uniform", scale=model.hidden_size**-0.5)
+        distribution = Distribution(kind="uniform", scale=sizes.hidden_size**-0.5)
     elif leaf != "weight" or network == "rtd_head":
         distribution = _constant(0.0)
-    elif network == "generator":
-        distribution = _normal(model.init_method_std)
     elif model.norm_placement == "pre":
-        distribution = _choose_for_t5(module, model)
+        distribution = _choose_for_t5(module, model, sizes)
+    elif network in ("generator", "mlm_head"):
+        distribution = _normal(model.init_method_std)
     else:
         distribution = _choose_for_metro(module, model)
     if module == "position_embeddings":
@@ -119,21 +121,31 @@ def _choose_for_metro(module: str, model: ModelConfig) -> Distribution:
     return _normal(std)
 
 
-def _choose_for_t5(module: str, model: ModelConfig) -> Distribution:
+def _choose_for_t5(module: str, model: ModelConfig, sizes: NetworkSizes) -> Distribution:
     """Weights of a T5: the standard deviation depends on the input size, and queries carry the attention scale."""
     stds = {
         "word_embeddings": 1.0,
-        "lm_head": 1.0,
+        # Matrices of their own start with logits of size 1, as in T5's code; transformers draws lm_head from N(0, 1).
+        "lm_head": model.hidden_size**-0.5,
+        "output": sizes.hidden_size**-0.5,
+        "projection": sizes.hidden_size**-0.5,
+        "embedding_projection": model.hidden_size**-0.5,
         "position_embeddings": model.hidden_size**-0.5,
-        "relative_bias": model.hidden_size**-0.5,
-        "linear_qkv": model.hidden_size**-0.5,
-        "linear_q": (model.hidden_size * model.head_size) ** -0.5,
-        "linear_kv": model.hidden_size**-0.5,
-        "linear_proj": (model.num_attention_heads * model.head_size) ** -0.5,
-        "linear_fc1": model.hidden_size**-0.5,
-        "linear_fc2": model.ffn_hidden_size**-0.5,
+        "relative_bias": sizes.hidden_size**-0.5,
+        "linear_qkv": sizes.hidden_size**-0.5,
+        "linear_q": (sizes.hidden_size * sizes.head_size) ** -0.5,
+        "linear_kv": sizes.hidden_size**-0.5,
+        "linear_proj": sizes.heads_width**-0.5,
+        "linear_fc1": sizes.hidden_size**-0.5,
+        "linear_fc2": sizes.ffn_hidden_size**-0.5,
     }
-    return replace(_normal(stds[module]), query_factor=model.head_size**-0.5 if module == "linear_qkv" else 1.0)
+    return replace(_normal(stds[module]), query_factor=sizes.head_size**-0.5 if module == "linear_qkv" else 1.0)
+
+
+def _find_sizes(name: str, model: ModelConfig) -> NetworkSizes:
+    """The sizes of the network that a weight belongs to, or whose output its head reads."""
+    networks: dict[str, Network] = {"generator": "generator", "mlm_head": "generator"}
+    return network_sizes(model, networks.get(name.split(".")[0], "encoder"))
 
 
 def _normal(std: float) -> Distribution:

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter, functional
 
 from megatron_metro.config.chain import Network
+from megatron_metro.config.network_sizes import has_projected_embedding
 from megatron_metro.config.schema import ModelConfig
+from megatron_metro.model.dense import Dense
 from megatron_metro.model.layer import AttentionInputs, LayerPlan, TransformerLayer
 from megatron_metro.model.relative_bias import RelativeBias
 from megatron_metro.model.specs import LayerSpec
@@ -34,6 +36,7 @@ class NetworkPlan:
     network: Network
     layers: tuple[int, ...]
     embeds: bool  # positions and embedding norm
+    projects: bool  # from the width of the embeddings to the network's own, if they differ
     ends: bool  # final norm
     recompute: bool  # full recomputation of every layer
 
@@ -58,12 +61,12 @@ class NumberedLayers(MegatronModule):
 class PositionEmbeddings(MegatronModule):
     """Learned absolute positions; every rank holds the whole table and reads the rows of its shard."""
 
-    def __init__(self, config: TransformerConfig, num_positions: int, collection: ProcessGroupCollection) -> None:
+    def __init__(self, config: TransformerConfig, model: ModelConfig, collection: ProcessGroupCollection) -> None:
         super().__init__(config)
         self.tp_group = collection.tp
-        rows = num_positions + FIRST_POSITION_ROW
+        rows = model.max_position_embeddings + FIRST_POSITION_ROW
         device = torch.cuda.current_device()
-        self.weight = Parameter(torch.empty(rows, config.hidden_size, device=device, dtype=config.params_dtype))
+        self.weight = Parameter(torch.empty(rows, model.hidden_size, device=device, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, length: int, padding: Tensor | None) -> Tensor:
@@ -97,9 +100,13 @@ class NetworkShare(MegatronModule):
         if has_bias and model.relative_attention == "per_stack" and plan.layers:
             self.relative_bias = RelativeBias(config, model, is_decoder=self.is_decoder, tp_group=collection.tp)
         if plan.embeds and model.position_embedding_type == "learned_absolute":
-            self.position_embeddings = PositionEmbeddings(config, model.max_position_embeddings, collection)
+            self.position_embeddings = PositionEmbeddings(config, model, collection)
         if plan.embeds and model.norm_placement == "post":
-            self.embedding_norm = spec.norm(config, config.hidden_size)
+            self.embedding_norm = spec.norm(config, model.hidden_size)
+        if plan.projects and has_projected_embedding(model):
+            self.embedding_projection = Dense(
+                config, model.hidden_size, config.hidden_size, sees_shard=True, has_bias=False
+            )
         self.layers = NumberedLayers(config, {i: self._build_layer(model, spec, i, collection) for i in plan.layers})
         if plan.ends and model.norm_placement == "pre":
             self.final_norm = spec.norm(config, config.hidden_size)
@@ -133,6 +140,13 @@ class NetworkShare(MegatronModule):
         if padding is not None:
             hidden = hidden.masked_fill(local_shard(padding.t(), self.config, self.tp_group)[..., None], 0.0)
         return hidden
+
+    def project(self, embedded_SBH: Tensor) -> Tensor:
+        """Embeddings, as wide as the token matrix, to the network's width; rows that are zero stay so.
+
+        The whole embedding (positions, norm) is made before, as in ELECTRA, so that it may be the encoder's.
+        """
+        return self.embedding_projection(embedded_SBH) if hasattr(self, "embedding_projection") else embedded_SBH
 
     def finish(self, hidden_SBH: Tensor) -> Tensor:
         """The stack's output: normalised in a Pre-LN stack, as it is in METRO's."""

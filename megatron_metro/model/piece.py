@@ -71,7 +71,7 @@ class ChainPiece(MegatronModule):
         previous: Unit | None,
         vp_stage: int | None,
     ) -> None:
-        super().__init__(next(iter(context.configs.values())))
+        super().__init__(context.configs["encoder"])
         self.context, self.units, self.previous, self.vp_stage = context, units, previous, vp_stage
         self.tp_group = context.collection.tp
         self.model_type = ModelType.encoder_or_decoder  # asked for by megatron-core's schedules
@@ -88,9 +88,9 @@ class ChainPiece(MegatronModule):
                 self.add_module(network, share)
         if "mlm_head" in kinds:
             config = context.configs["generator"]
-            self.mlm_head = MlmHead(config, context.spec, model.mlm_head, context.shard.num_columns, self.tp_group)
+            self.mlm_head = MlmHead(config, context.spec, model, context.shard, context.collection)
         if "encoder_head" in kinds and model.has_rtd_head:
-            self.rtd_head = RtdHead(context.configs["encoder"], context.spec, model.rtd_head)
+            self.rtd_head = RtdHead(context.configs["encoder"], context.spec, model)
         if "lm_head" in kinds and model.untie_embeddings_and_output_weights:
             self.lm_head = TokenMatrix(context.configs["decoder"], context.shard, context.collection)
         self._run: dict[UnitKind, Callable[[Unit, _Running, Microbatch], _Running]] = {
@@ -112,8 +112,7 @@ class ChainPiece(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
         """Every weight under its name in the whole model, which no layout changes."""
-        is_gated = self.context.model.activation == "gated-gelu"
-        return shard_parameters(self, prefix, self.context.shard, self.context.collection, is_gated=is_gated)
+        return shard_parameters(self, prefix, self.context.model, self.context.shard, self.context.collection)
 
     def forward(self, microbatch: Microbatch) -> Tensor:
         """The message [rows, b, h] for the next piece, or the summed LM loss at the end of the chain."""
@@ -176,7 +175,8 @@ class ChainPiece(MegatronModule):
             microbatch.encoder_padding,
             self.context.configs["generator"].hidden_dropout,
         )
-        return self._start("generator", replace(running.payload, hidden=hidden), microbatch)
+        payload = replace(running.payload, hidden=self.generator.project(hidden))
+        return self._start("generator", payload, microbatch)
 
     def _run_layer(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
         assert unit.index is not None
@@ -352,10 +352,11 @@ class ChainPiece(MegatronModule):
             network=network,
             layers=tuple(u.index for u in self.units if u.kind == f"{network}_layer" and u.index is not None),
             embeds=embeds,
+            projects=network == "generator" and "generator_embedding" in kinds,
             ends={"generator": "mlm_head", "encoder": "encoder_head", "decoder": "lm_head"}[network] in kinds,
             recompute=self.context.recompute,
         )
-        if not (plan.layers or plan.embeds or plan.ends):
+        if not (plan.layers or plan.embeds or plan.projects or plan.ends):
             return None
         config = self.context.configs[network]
         return NetworkShare(config, self.context.model, self.context.spec, plan, self.context.collection)

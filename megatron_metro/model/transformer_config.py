@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_metro.config.chain import Network
+from megatron_metro.config.network_sizes import network_sizes
 from megatron_metro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,12 +49,12 @@ def build_transformer_configs(run: RunConfig, dtype: torch.dtype) -> dict[Networ
 
 
 def _architecture(model: ModelConfig, network: Network) -> dict[str, object]:
-    is_generator = network == "generator"
+    is_generator, sizes = network == "generator", network_sizes(model, network)
     return {
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "kv_channels": model.head_size,
+        "hidden_size": sizes.hidden_size,
+        "ffn_hidden_size": sizes.ffn_hidden_size,
+        "num_attention_heads": sizes.num_attention_heads,
+        "kv_channels": sizes.head_size,
         "softmax_scale": model.softmax_scale,
         "hidden_dropout": model.generator_dropout if is_generator else model.hidden_dropout,
         "attention_dropout": model.generator_dropout if is_generator else model.attention_dropout,

@@ -128,7 +128,7 @@ class Engine:
             num_masked_slots=shape.num_masked_slots,
             sequence_shards=self.groups.tp_size if self.run.parallel.sequence_parallel else 1,
         )
-        return rows.total, shape.micro_batch_size, self.run.model.hidden_size
+        return rows.total, shape.micro_batch_size, rows.width
 
     def _connect_hooks(self) -> None:
         """Hand megatron-core's schedules what they call back, as Megatron's own training loop does."""

@@ -30,12 +30,25 @@ from tests.helpers.resuming import (
 
 Pool = Callable[[int], WorkerPool]
 
+GATED = {**tiny.SPACTOR, **tiny.NARROW_GENERATOR, "activation": "gated-gelu"}
 PAIRS = [
     (Row(tp=2, sp=True), Row(pp=2)),
     (Row(pp=2, vpp=2), Row(tp=2)),
     (Row(dp=2, distributed_optimizer=True), Row(pp=2, single_precision=True)),
     (Row(pp=2, vpp=2, layout="G|gg|Mee|RDddL"), Row()),
     (Row(), Row(tp=2, sp=True, pp=2)),
+    (
+        Row(tp=2, spans=True, model=tiny.T5_V1_1, model_name="T5 v1.1"),
+        Row(spans=True, model=tiny.T5_V1_1, model_name="T5 v1.1"),
+    ),
+    (
+        Row(tp=2, sp=True, pp=2, model=GATED, model_name="gated narrow generator"),
+        Row(pp=2, model=GATED, model_name="gated narrow generator"),
+    ),
+    (
+        Row(tp=2, single_precision=True, model={"activation": "gated-gelu"}),
+        Row(dp=2, distributed_optimizer=True, model={"activation": "gated-gelu"}),
+    ),
 ]
 
 

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from megatron_metro.parallel.groups import ParallelGroups
-from tests.helpers import mutations
+from tests.helpers import mutations, tiny
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.layouts import Row
 from tests.helpers.parity import Case, Outcome, run_case, worst_error, worst_metric_error
 
 Pool = Callable[[int], WorkerPool]
+
+WIDE_GENERATOR = {**tiny.SPACTOR, "generator_hidden_size": 24, "activation": "gated-gelu", "untie_mlm_head": False}
+OWN_MATRIX = {**tiny.NARROW_GENERATOR, "untie_mlm_head": True, "mlm_head": "linear", "rtd_head": "gelu"}
 
 ROWS = [
     # one process
@@ -38,14 +41,21 @@ ROWS = [
     Row(pp=2, vpp=3, micro_batch_size=1, recompute="full"),
     Row(pp=2, spans=True, model={"generator_num_layers": 0}),
     Row(pp=2, padded=True, model={"generator_embedding_sharing": "token_pos_norm", "rtd_head": "simple"}),
+    Row(tp=2, sp=True, spans=True, model=tiny.T5_V1_1, model_name="T5 v1.1"),
+    Row(tp=2, sp=True, model=tiny.NARROW_GENERATOR, model_name="narrow generator"),
+    Row(tp=2, model=tiny.SPACTOR, model_name="SPACTOR"),
+    Row(dp=2, distributed_optimizer=True, overlap=True, model=OWN_MATRIX, model_name="own matrix"),
+    Row(pp=2, layout="Gg|gMeeRDddL", padded=True, model=tiny.NARROW_GENERATOR, model_name="narrow generator"),
     # three
     Row(pp=3),
     Row(pp=3, vpp=4, micro_batch_size=1, model={"decoder_num_layers": 4}),
     Row(pp=3, layout="Gg|gMe|eRDddL"),
+    Row(pp=3, vpp=3, micro_batch_size=1, model=tiny.NARROW_GENERATOR, model_name="narrow generator"),
     # four
     Row(tp=4, sp=True, recompute="selective"),
     Row(tp=2, sp=True, pp=2),
     Row(tp=2, sp=True, pp=2, vpp=2, micro_batch_size=3),
+    Row(tp=2, sp=True, pp=2, layout="G|ggMeeRDddL", model=WIDE_GENERATOR, model_name="wide SPACTOR generator"),
     Row(tp=2, sp=True, dp=2),
     Row(tp=2, sp=True, dp=2, distributed_optimizer=True, overlap=True),
     Row(pp=2, vpp=2, dp=2, micro_batch_size=1),

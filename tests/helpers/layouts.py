@@ -167,20 +167,14 @@ VARIANTS: tuple[dict[str, Any], ...] = (
         "model_name": "untied, unequal depths",
         "model": {"untie_embeddings_and_output_weights": True, "decoder_num_layers": 1, "encoder_num_layers": 3},
     },
+    {"spans": True, "model_name": "T5", "model": tiny.T5_V1_0},
+    {"spans": True, "model_name": "T5 v1.1", "model": tiny.T5_V1_1},
+    {"model_name": "SPACTOR", "model": tiny.SPACTOR},
+    # Four ranks share four heads.
     {
-        "spans": True,
-        "model_name": "T5",
-        "model": {
-            "generator_num_layers": 0,
-            "norm_placement": "pre",
-            "normalization": "RMSNorm",
-            "position_embedding_type": "none",
-            "relative_attention": "per_stack",
-            "relative_attention_decoder": True,
-            "add_bias_linear": False,
-            "softmax_scale": 1.0,
-            "scale_lm_output": True,
-        },
+        "padded": True,
+        "model_name": "narrow generator",
+        "model": {**tiny.NARROW_GENERATOR, "generator_num_attention_heads": 4},
     },
 )
 

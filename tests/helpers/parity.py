@@ -20,6 +20,7 @@ from megatron_metro.batch import Microbatch
 from megatron_metro.config.chain import build_chain
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.device import activate
+from megatron_metro.model.weights import count_parts, has_vocabulary_rows
 from megatron_metro.parallel.groups import reinitialise
 from megatron_metro.parallel.layout import StageLayout, parse
 from megatron_metro.training.engine import Engine
@@ -39,6 +40,7 @@ class Case:
     num_steps: int = 5
     padded: bool = False
     spans: bool = False
+    keeps_logits: bool = False
     layout: str | None = None  # pieces by hand, in the string form of --pipeline-model-parallel-layout
     mutate: Callable[[Engine], AbstractContextManager[None]] | None = None  # breaks something on purpose
 
@@ -49,6 +51,7 @@ class Outcome:
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     sampled_ids: np.ndarray | None = None  # [global batch, slots] of the first forward pass
+    logits: np.ndarray | None = None  # [global batch x target slots, vocabulary] of the first forward pass, if kept
     norms: list[float] = field(default_factory=list)
     weights: Arrays = field(default_factory=dict)  # before the first step
     gradients: Arrays = field(default_factory=dict)  # of the first step, before clipping
@@ -77,9 +80,10 @@ def _run_steps(case: Case, engine: Engine) -> Outcome:
     groups, outcome = engine.groups, Outcome()
     before = {name: parameter.detach().double().clone() for name, parameter in _parameters(engine).items()}
     outcome.weights = _gather(engine, before)
-    with _recording_samples(engine) as samples:
+    with _recording_samples(engine) as samples, _recording_logits(engine, case) as logits:
         engine.accumulate_gradients(local_microbatches(case, 0, groups.dp_rank, groups.dp_size))
     outcome.sampled_ids = _gather_samples(engine, samples)
+    outcome.logits = _gather_logits(engine, logits) if case.keeps_logits else None
     if not case.run.parallel.use_distributed_optimizer:  # under it a rank holds only a slice of each gradient
         outcome.gradients = _gather(engine, {n: p.main_grad.double() for n, p in _parameters(engine).items()})
     for step in range(case.num_steps):
@@ -113,6 +117,37 @@ def _run_and_record(run: Callable[..., Any], recorded: list[np.ndarray], *argume
     running = run(*arguments)
     recorded.append(running.payload.sampled_ids.numpy())
     return running
+
+
+@contextmanager
+def _recording_logits(engine: Engine, case: Case) -> Iterator[list[np.ndarray]]:
+    """This rank's columns of the LM head's logits, of every microbatch in order."""
+    recorded: list[np.ndarray] = []
+    last = engine.pieces[-1]
+    if not (case.keeps_logits and last.units[-1].kind == "lm_head"):
+        yield recorded
+        return
+    project = last._project
+
+    def project_and_record(rows_RH: torch.Tensor) -> torch.Tensor:
+        logits = project(rows_RH)
+        recorded.append(logits.detach().numpy())
+        return logits
+
+    last._project = project_and_record
+    try:
+        yield recorded
+    finally:
+        del last._project
+
+
+def _gather_logits(engine: Engine, local: list[np.ndarray]) -> np.ndarray:
+    """The logits of the first data-parallel replica: every rank's columns, without padding."""
+    groups = engine.groups
+    everything: list[tuple[int, int, list[np.ndarray]]] = [(0, 0, [])] * groups.world_size
+    dist.all_gather_object(everything, (groups.dp_rank, groups.tp_rank, local))
+    columns = [np.concatenate(shard) for dp_rank, _, shard in sorted(everything, key=lambda e: e[:2]) if shard]
+    return np.concatenate(columns[: groups.tp_size], axis=1)[:, : tiny.VOCAB_SIZE]
 
 
 def _gather_samples(engine: Engine, samples: list[np.ndarray]) -> np.ndarray | None:
@@ -172,14 +207,13 @@ def perturb(engine: Engine, scale: float = 0.05) -> None:
             shape = list(parameter.shape)
             if dim is not None:
                 shape[dim] *= groups.tp_size
-            is_vocabulary = name in ("word_embeddings.weight", "lm_head.weight", "mlm_head.output_bias")
-            rows = tiny.VOCAB_SIZE if is_vocabulary else shape[0]
+            rows = tiny.VOCAB_SIZE if has_vocabulary_rows(name) else shape[0]
             noise = np.zeros(shape)
             noise[:rows] = np.random.default_rng(crc32(name.encode())).normal(0, scale, [rows, *shape[1:]])
-            local = torch.from_numpy(noise)
             if dim is not None:
-                local = local.chunk(groups.tp_size, dim)[groups.tp_rank]
-            parameter.add_(local.to(parameter.dtype))
+                parts = np.split(noise, count_parts(name, engine.run.model), dim)
+                noise = np.concatenate([np.split(part, groups.tp_size, dim)[groups.tp_rank] for part in parts], dim)
+            parameter.add_(torch.from_numpy(noise).to(parameter.dtype))
     engine.optimizer.reload_model_params()
 
 
@@ -198,19 +232,14 @@ def _gather(engine: Engine, local: dict[str, torch.Tensor]) -> Arrays:
             continue
         for name, (_, dim) in tensors.items():
             shards = [t[name][0] for d, p, _, t in sorted(everything, key=lambda e: e[:3]) if (d, p) == (0, pp_rank)]
-            joined = np.concatenate(shards, axis=dim) if dim >= 0 else shards[0]
-            if ".linear_fc1." in name and engine.run.model.activation == "gated-gelu":
-                joined = _join_gated(shards)
-            if name in ("word_embeddings.weight", "lm_head.weight", "mlm_head.output_bias"):
+            joined = shards[0]
+            if dim >= 0:  # of a weight of several parts, a rank holds its share of each
+                parts = [np.split(shard, count_parts(name, engine.run.model), dim) for shard in shards]
+                joined = np.concatenate([shard for part in zip(*parts, strict=True) for shard in part], dim)
+            if has_vocabulary_rows(name):
                 joined = joined[: tiny.VOCAB_SIZE]
             whole.setdefault(name, joined)
     return whole
-
-
-def _join_gated(shards: list[np.ndarray]) -> np.ndarray:
-    """Gates of all ranks, then values of all ranks; a rank holds its gates and then its values."""
-    halves = [np.split(shard, 2) for shard in shards]
-    return np.concatenate([half[part] for part in range(2) for half in halves])
 
 
 def worst_error(found: Arrays, expected: Arrays) -> tuple[float, str]:

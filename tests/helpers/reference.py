@@ -108,7 +108,10 @@ class ReferenceMetro:
         x = hidden[_places(batch.masked_slots, batch.masked_valid)]
         if self.model.mlm_head == "roberta":
             x = self._norm("mlm_head.norm", functional.relu(self._linear("mlm_head.dense", x)))
-        logits = x @ self.vocab.t() + self.weights["mlm_head.output_bias"][: self.model.vocab_size]
+        elif "mlm_head.projection.weight" in self.weights:
+            x = self._linear("mlm_head.projection", x)
+        matrix = self.weights["mlm_head.output.weight"] if self.model.untie_mlm_head else self.vocab
+        logits = x @ matrix[: self.model.vocab_size].t() + self.weights["mlm_head.output_bias"][: self.model.vocab_size]
         allowed = logits.detach().double().clone()
         allowed[:, self.pad_id] = -math.inf
         cumulative = torch.softmax(allowed, dim=-1).cumsum(dim=-1)
@@ -121,6 +124,9 @@ class ReferenceMetro:
         """Replaced-token logits [b, s]."""
         if self.model.rtd_head == "roberta":
             memory = self._norm("rtd_head.norm", functional.relu(self._linear("rtd_head.dense", memory)))
+        elif self.model.rtd_head == "gelu":
+            inner = self._linear("rtd_head.dense", memory)
+            memory = inner * 0.5 * (1.0 + torch.erf(inner / math.sqrt(2.0)))
         return self._linear("rtd_head.output", memory).squeeze(-1)
 
     def encode(self, network: str, tokens: Tensor, padding: Tensor | None) -> Tensor:
@@ -128,6 +134,8 @@ class ReferenceMetro:
         x = self._embed("encoder" if network == "generator" and self.shares_positions else network, tokens, padding)
         if padding is not None:
             x = torch.where(padding[..., None], 0.0, x)
+        if network == "generator" and "generator.embedding_projection.weight" in self.weights:
+            x = self._linear("generator.embedding_projection", x)
         depth = self.model.generator_num_layers if network == "generator" else self.model.encoder_num_layers
         for i in range(depth):
             prefix = f"{network}.layers.{i}"
@@ -183,11 +191,14 @@ class ReferenceMetro:
     def _heads(self, name: str, x: Tensor, parts: int) -> Sequence[Tensor]:
         """`parts` projections [b, n, s, d] from one matrix whose rows are, head by head, those of each part."""
         b, s, _ = x.shape
-        split = self._linear(name, x).view(b, s, self.model.num_attention_heads, parts, self.model.head_size)
+        num_heads = self.model.num_attention_heads
+        if name.startswith("generator."):
+            num_heads = self.model.generator_num_attention_heads or num_heads
+        split = self._linear(name, x).view(b, s, num_heads, parts, -1)
         return split.permute(3, 0, 2, 1, 4).unbind(0)
 
     def _scores(self, query: Tensor, key: Tensor, padding: Tensor | None) -> Tensor:
-        scale = self.model.softmax_scale if self.model.softmax_scale is not None else self.model.head_size**-0.5
+        scale = self.model.softmax_scale if self.model.softmax_scale is not None else query.shape[-1] ** -0.5
         scores = (query * scale) @ key.transpose(-1, -2)
         return scores if padding is None else scores.masked_fill(padding[:, None, None, :], -math.inf)
 

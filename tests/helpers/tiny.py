@@ -14,6 +14,33 @@ LENGTH = 16
 NUM_SLOTS = 8
 PAD_ID = 1
 
+# Other architectures, as changes of the tiny model.
+T5_V1_0: dict[str, Any] = {
+    "generator_num_layers": 0,
+    "rtd_head": "none",
+    "norm_placement": "pre",
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-6,
+    "add_bias_linear": False,
+    "softmax_scale": 1.0,
+    "position_embedding_type": "none",
+    "relative_attention": "per_stack",
+    "relative_attention_decoder": True,
+    "relative_attention_bucket": "t5",
+    "scale_lm_output": True,
+}
+T5_V1_1 = {**T5_V1_0, "activation": "gated-gelu", "untie_embeddings_and_output_weights": True, "scale_lm_output": False}
+SPACTOR = {
+    **T5_V1_0,
+    "generator_num_layers": 2,
+    "generator_ffn_hidden_size": 24,
+    "mlm_head": "linear",
+    "untie_mlm_head": True,
+    "rtd_head": "gelu",
+    "rtd_head_hidden_size": 20,
+}
+NARROW_GENERATOR = {"generator_hidden_size": 8, "generator_ffn_hidden_size": 12, "generator_num_attention_heads": 2}
+
 
 def tiny_model(**changes: Any) -> ModelConfig:
     """Two layers per network of width 16 with every METRO part; dropout off."""

@@ -15,6 +15,7 @@ from tests.helpers import tiny
 from tests.helpers.parity import perturb
 from tests.helpers.reference import ReferenceMetro
 
+# fmt: off
 MODELS: dict[str, dict] = {
     "token": {},
     "token_pos_norm": {"generator_embedding_sharing": "token_pos_norm"},
@@ -24,7 +25,19 @@ MODELS: dict[str, dict] = {
     "no_bias": {"relative_attention": "none"},
     "unequal": {"encoder_num_layers": 3, "decoder_num_layers": 1, "generator_num_layers": 1, "kv_channels": 8},
     "untied": {"untie_embeddings_and_output_weights": True},
+    "narrow_generator": {
+        "generator_hidden_size": 8, "generator_ffn_hidden_size": 12, "generator_num_attention_heads": 2,
+        "rtd_head": "gelu", "rtd_head_hidden_size": 20,
+    },
+    "narrow_generator_and_linear_head": {
+        "generator_hidden_size": 8, "generator_embedding_sharing": "token_pos_norm", "mlm_head": "linear",
+    },
+    "wide_generator_and_own_matrix": {
+        "generator_hidden_size": 24, "generator_num_attention_heads": 6, "untie_mlm_head": True, "kv_channels": 5,
+    },
+    "own_matrix_alone": {"generator_ffn_hidden_size": 40, "untie_mlm_head": True, "mlm_head": "linear"},
 }
+# fmt: on
 
 
 def split(batch: Microbatch, size: int) -> list[Microbatch]:

@@ -21,6 +21,20 @@ VARIANTS = {
     "own head matrix": {"untie_embeddings_and_output_weights": True},
     "narrow heads": {"kv_channels": 8},
     "pre-norm generator": {"norm_placement": "pre", "relative_attention": "per_stack"},
+    "narrow generator": {
+        "generator_hidden_size": 32, "generator_ffn_hidden_size": 96, "generator_num_attention_heads": 2,
+        "rtd_head": "gelu", "rtd_head_hidden_size": 80,
+    },
+    "narrow generator, base++": {
+        "generator_hidden_size": 32, "generator_embedding_sharing": "token_pos_norm", "mlm_head": "linear",
+        "norm_placement": "post", "kv_channels": 12,
+    },
+    "wide generator": {"generator_hidden_size": 96, "untie_mlm_head": True, "relative_attention": "per_stack"},
+    "SPACTOR": {
+        "norm_placement": "pre", "normalization": "RMSNorm", "add_bias_linear": False, "generator_ffn_hidden_size": 96,
+        "position_embedding_type": "none", "relative_attention": "per_stack", "relative_attention_decoder": True,
+        "mlm_head": "linear", "untie_mlm_head": True, "rtd_head": "gelu", "scale_lm_output": True,
+    },
     "t5": {
         "generator_num_layers": 0, "position_embedding_type": "none", "norm_placement": "pre",
         "normalization": "RMSNorm", "relative_attention": "per_stack", "relative_attention_decoder": True,
@@ -49,20 +63,22 @@ def test_parameters_of_every_piece_and_holders_of_shared_weights(variant, groups
             assert {name for name in holders if name in weights} == {n for n, held in holders.items() if index in held}
 
 
-def test_forward_flops_are_those_of_the_matrix_products(groups):
+@pytest.mark.parametrize("variant", ["base", "narrow generator", "narrow generator, base++", "wide generator"])
+def test_forward_flops_are_those_of_the_matrix_products(variant, groups):
     from megatron_metro.training.benchmark import draw_microbatch
     from megatron_metro.training.engine import Engine
 
-    chain, lengths = build_chain(RUN.model), static_lengths(RUN)
-    engine = Engine(RUN, single_piece(chain), groups, torch.float32, 1)
-    microbatch = draw_microbatch(RUN)
+    run = replace(RUN, model=replace(RUN.model, **VARIANTS[variant]))
+    chain, lengths = build_chain(run.model), static_lengths(run)
+    engine = Engine(run, single_piece(chain), groups, torch.float32, 1)
+    microbatch = draw_microbatch(run)
     with FlopCounterMode(display=False) as counter:
         engine.evaluate(iter([[microbatch]]))
-    expected = sum(forward_flops(unit, RUN.model, lengths) for unit in chain)
+    expected = sum(forward_flops(unit, run.model, lengths) for unit in chain)
     # The decoder's two attentions run fused, which torch counts or not from version to version.
     products = counter.get_flop_counts()["Global"]
     counted = sum(flops for operator, flops in products.items() if "attention" not in str(operator))
-    h, s, t = RUN.model.hidden_size, lengths.encoder, lengths.decoder
-    num_queries = (RUN.model.decoder_num_layers - 1) * t + lengths.targets  # the last layer's stand at slots
-    expected -= num_queries * (4 * CAUSAL_SHARE * t * h + 4 * s * h)
-    assert counted == expected * RUN.training.micro_batch_size
+    p, s, t = run.model.num_attention_heads * run.model.head_size, lengths.encoder, lengths.decoder
+    num_queries = (run.model.decoder_num_layers - 1) * t + lengths.targets  # the last layer's stand at slots
+    expected -= num_queries * (4 * CAUSAL_SHARE * t * p + 4 * s * p)
+    assert counted == expected * run.training.micro_batch_size

@@ -27,6 +27,9 @@ GOOD = [  # processes, words on top of metro-tiny
     (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 5"),
     (3, "--pipeline-model-parallel-size 3 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 12"),
     (1, "--hidden-size 60 --num-attention-heads 7 --kv-channels 16"),
+    (1, "--generator-hidden-size 32 --generator-num-attention-heads 2 --generator-ffn-hidden-size 100"),
+    (4, "--tensor-model-parallel-size 4 --generator-num-layers 0 --generator-num-attention-heads 2"),
+    (1, "--rtd-head gelu --rtd-head-hidden-size 96 --mlm-head linear --untie-mlm-head"),
     (1, "--position-embedding-type none --encoder-seq-length 4096"),
     (1, "--generator-num-layers 0"),
     (2, "--rampup-batch-size 8 8 100 --global-batch-size 32 --train-iters none --train-samples 4000"),
@@ -43,6 +46,22 @@ BAD = [  # processes, words on top of metro-tiny, parts of the message
     (3, "--tensor-model-parallel-size 3", ["--num-attention-heads 4", "3 or 6 heads", "size 2 or 4"]),
     (4, "--tensor-model-parallel-size 4 --ffn-hidden-size 250", ["--ffn-hidden-size 250", "248 or 252"]),
     (1, "--hidden-size 66", ["--hidden-size 66", "--num-attention-heads 4", "3 or 6 heads", "--kv-channels"]),
+    (
+        1,
+        "--generator-hidden-size 30",
+        ["--generator-hidden-size 30 is not a multiple of --num-attention-heads 4", "3 or 5 heads"],
+    ),
+    (
+        4,
+        "--tensor-model-parallel-size 4 --generator-num-attention-heads 2",
+        ["--generator-num-attention-heads 2 is not a multiple of --tensor-model-parallel-size 4", "size 2"],
+    ),
+    (
+        4,
+        "--tensor-model-parallel-size 4 --generator-ffn-hidden-size 90",
+        ["--generator-ffn-hidden-size 90", "88 or 92"],
+    ),
+    (1, "--rtd-head-hidden-size 96", ["--rtd-head-hidden-size 96", "found --rtd-head roberta", "--rtd-head gelu"]),
     (1, "--make-vocab-size-divisible-by 200", ["--make-vocab-size-divisible-by 200", "128 or 256"]),
     (1, "--sequence-parallel", ["--sequence-parallel", "--tensor-model-parallel-size", "found 1"]),
     (
