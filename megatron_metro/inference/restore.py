@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.schema import ObjectiveConfig
 from megatron_metro.losses.step import StepLosses, count_tokens
-from megatron_metro.model.piece import ChainPiece, fill_slots, mark_real_positions
+from megatron_metro.model.piece import ChainPiece
+from megatron_metro.model.slots import fill_slots, mark_real_positions
 from megatron_metro.parallel.boundary import BoundaryPayload
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.model.initialisation import initialise
-from megatron_metro.model.piece import ChainPiece, PieceContext
+from megatron_metro.model.piece import ChainPiece
+from megatron_metro.model.piece_modules import PieceContext
 from megatron_metro.model.specs import local_spec
 from megatron_metro.model.transformer_config import build_transformer_configs
 from megatron_metro.parallel.groups import ParallelGroups

@@ -6,49 +6,23 @@ g masked slots, m target slots.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.enums import ModelType
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.chain import Network, Unit, UnitKind
 from megatron_metro.config.payload import PayloadRows, payload_rows
-from megatron_metro.config.schema import ModelConfig
 from megatron_metro.losses.step import StepLosses
-from megatron_metro.model.heads import MlmHead, RtdHead
 from megatron_metro.model.layer import AttentionInputs
-from megatron_metro.model.network import NetworkPlan, NetworkShare
-from megatron_metro.model.sharded_state import shard_parameters
-from megatron_metro.model.slots import gather_shortened, gather_slots
-from megatron_metro.model.specs import LayerSpec
-from megatron_metro.model.vocabulary import TokenMatrix
+from megatron_metro.model.network import NetworkShare
+from megatron_metro.model.piece_modules import PieceContext, PieceModules
+from megatron_metro.model.slots import fill_slots, mark_real_positions
 from megatron_metro.parallel import vocab_ops
 from megatron_metro.parallel.boundary import BoundaryPayload, pack, unpack
-from megatron_metro.parallel.vocab_ops import VocabShard
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PieceContext:
-    """What all pieces of a model have in common."""
-
-    model: ModelConfig
-    configs: dict[Network, TransformerConfig]
-    spec: LayerSpec
-    shard: VocabShard
-    collection: ProcessGroupCollection
-    recompute: bool  # full recomputation of every layer
-    pad_id: int
-    eval_all_positions: bool  # validation scores the decoder at every position, as the reference reports
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +35,7 @@ class _Running:
     is_short: bool = False  # hidden states stand at the slots of the head that follows, not at all positions
 
 
-class ChainPiece(MegatronModule):
+class ChainPiece(PieceModules):
     """Generator, encoder and decoder as far as this piece holds them, with the heads in between."""
 
     def __init__(
@@ -71,28 +45,12 @@ class ChainPiece(MegatronModule):
         previous: Unit | None,
         vp_stage: int | None,
     ) -> None:
-        super().__init__(context.configs["encoder"])
-        self.context, self.units, self.previous, self.vp_stage = context, units, previous, vp_stage
-        self.tp_group = context.collection.tp
+        super().__init__(context, units)
+        self.previous, self.vp_stage = previous, vp_stage
         self.model_type = ModelType.encoder_or_decoder  # asked for by megatron-core's schedules
         self.losses: StepLosses | None = None
         self._message: Tensor | None = None
         self._following = dict(pairwise(units))
-        kinds = {unit.kind for unit in units}
-        model = context.model
-        readers = {"generator_embedding", "mlm_head", "encoder_embedding", "decoder_embedding"}
-        if kinds & readers or ("lm_head" in kinds and not model.untie_embeddings_and_output_weights):
-            self.word_embeddings = TokenMatrix(self.config, context.shard, context.collection)
-        for network in context.configs:
-            if share := self._build_share(network):
-                self.add_module(network, share)
-        if "mlm_head" in kinds:
-            config = context.configs["generator"]
-            self.mlm_head = MlmHead(config, context.spec, model, context.shard, context.collection)
-        if "encoder_head" in kinds and model.has_rtd_head:
-            self.rtd_head = RtdHead(context.configs["encoder"], context.spec, model)
-        if "lm_head" in kinds and model.untie_embeddings_and_output_weights:
-            self.lm_head = TokenMatrix(context.configs["decoder"], context.shard, context.collection)
         self._run: dict[UnitKind, Callable[[Unit, _Running, Microbatch], _Running]] = {
             "generator_embedding": self._embed_generator,
             "generator_layer": self._run_layer,
@@ -107,12 +65,6 @@ class ChainPiece(MegatronModule):
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take the previous piece's message; called by megatron-core's schedules before each forward."""
         (self._message,) = input_tensor
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-        """Every weight under its name in the whole model, which no layout changes."""
-        return shard_parameters(self, prefix, self.context.model, self.context.shard, self.context.collection)
 
     def forward(self, microbatch: Microbatch) -> Tensor:
         """The message [rows, b, h] for the next piece, or the summed LM loss at the end of the chain."""
@@ -283,18 +235,6 @@ class ChainPiece(MegatronModule):
             hidden = hidden * self.context.configs["decoder"].hidden_size ** -0.5
         return hidden
 
-    def _rows_at(self, hidden: Tensor, slots_BM: Tensor, is_short: bool) -> Tensor:
-        """What a head projects: hidden states [b*m, h] at slots, alike on all tensor-parallel ranks."""
-        gather = gather_shortened if is_short else partial(gather_slots, slots_BM=slots_BM)
-        rows_MBH: Tensor = gather(hidden, config=self.config, tp_group=self.tp_group)
-        return rows_MBH.transpose(0, 1).flatten(0, 1)
-
-    def _project(self, rows_RH: Tensor) -> Tensor:
-        """The LM head's logits [r, v]."""
-        matrix: TokenMatrix = self.lm_head if hasattr(self, "lm_head") else self.word_embeddings
-        logits: Tensor = matrix(rows_RH, project=True)
-        return logits
-
     def _slots_after(self, unit: Unit, microbatch: Microbatch) -> Tensor | None:
         """The only positions at which a layer's output is read: where a head follows it in this very piece.
 
@@ -330,46 +270,3 @@ class ChainPiece(MegatronModule):
 
     def _start(self, network: Network, payload: BoundaryPayload, microbatch: Microbatch) -> _Running:
         return _Running(payload, network, self._stack_bias(network, microbatch))
-
-    def _stack_bias(self, network: Network, microbatch: Microbatch) -> Tensor | None:
-        share: NetworkShare | None = getattr(self, network, None)
-        shape = microbatch.shape
-        length = shape.decoder_length if network == "decoder" else shape.encoder_length
-        return share.stack_bias(length) if share is not None else None
-
-    def _embed(self, share: NetworkShare, tokens_BS: Tensor, padding: Tensor | None, dropout: float) -> Tensor:
-        return share.embed(self.word_embeddings(tokens_BS), tokens_BS.shape[1], padding, dropout)
-
-    def _build_share(self, network: Network) -> NetworkShare | None:
-        kinds = {unit.kind for unit in self.units}
-        embeds = {
-            "generator": "generator_embedding" in kinds and self.context.model.generator_embedding_sharing == "token",
-            "encoder": bool(kinds & {"mlm_head", "encoder_embedding"})
-            or ("generator_embedding" in kinds and self.context.model.generator_embedding_sharing == "token_pos_norm"),
-            "decoder": "decoder_embedding" in kinds,
-        }[network]
-        plan = NetworkPlan(
-            network=network,
-            layers=tuple(u.index for u in self.units if u.kind == f"{network}_layer" and u.index is not None),
-            embeds=embeds,
-            projects=network == "generator" and "generator_embedding" in kinds,
-            ends={"generator": "mlm_head", "encoder": "encoder_head", "decoder": "lm_head"}[network] in kinds,
-            recompute=self.context.recompute,
-        )
-        if not (plan.layers or plan.embeds or plan.projects or plan.ends):
-            return None
-        config = self.context.configs[network]
-        return NetworkShare(config, self.context.model, self.context.spec, plan, self.context.collection)
-
-
-def fill_slots(tokens_BS: Tensor, slots_BG: Tensor, fills_BG: Tensor) -> Tensor:
-    """Tokens with the fills written at the slots; unused slots write to a dump column past the end."""
-    dump = tokens_BS.new_zeros(tokens_BS.shape[0], 1)
-    return torch.cat([tokens_BS, dump], dim=1).scatter(1, slots_BG, fills_BG)[:, :-1]
-
-
-def mark_real_positions(microbatch: Microbatch) -> Tensor:
-    """Bool [b, s], False at the encoder's padding."""
-    if microbatch.encoder_padding is None:
-        return torch.ones_like(microbatch.encoder_tokens, dtype=torch.bool)
-    return ~microbatch.encoder_padding
