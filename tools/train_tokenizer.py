@@ -1,7 +1,7 @@
 """Train a SentencePiece tokenizer: python tools/train_tokenizer.py --input TEXT --vocab-size N --output-prefix PREFIX
 
-Writes PREFIX.model and PREFIX.vocab. Ids 0 to 4 are <s>, pad, </s>, unk and [MASK]; sentinels come later, by
---vocab-extra-ids. The same text gives the same bytes.
+Writes PREFIX.model and PREFIX.vocab. Ids 0 to 4 are <s>, pad, </s>, unk and [MASK], or with --t5 ids 0 to 2 pad, </s>
+and unk; sentinels come later, by --vocab-extra-ids. The same text gives the same bytes.
 """
 
 import sys
@@ -22,6 +22,7 @@ def _build_parser() -> Parser:
     flag("--allow-smaller-vocab", action="store_true", help="take fewer pieces where the text is small")
     flag("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line")
     flag("--uncased", action="store_true", help="fold case, as METRO's vocabulary of 32,768 pieces does")
+    flag("--t5", action="store_true", help="reserve T5's ids instead of METRO's; sentinels then count down")
     flag(
         "--character-coverage", type=number(0.98, 1), default=0.999995, metavar="X",
         help="share of characters with a piece",
@@ -42,6 +43,7 @@ def main() -> None:
             character_coverage=flags.character_coverage,
             max_sentences=flags.max_sentences,
             allow_smaller_vocab=flags.allow_smaller_vocab,
+            is_t5=flags.t5,
         )
         check_writable(Path(flags.output_prefix).parent, "--output-prefix")  # training may take an hour
         path, num_pieces = write_vocabulary(train_vocabulary(options), flags.output_prefix)

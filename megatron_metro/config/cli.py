@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import yaml
 from megatron_metro.config.fields import Setting, change_values, list_settings, read_value
 from megatron_metro.config.files import write_atomically
 from megatron_metro.config.flags import SHORTHANDS, SPELLINGS, judge_foreign_flag, list_foreign_flags
+from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.parser import Parser, refuse_unknown
 from megatron_metro.config.presets import PRESETS
 from megatron_metro.config.schema import RunConfig
@@ -54,10 +55,14 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def _merge(preset: str | None, *sources: Source) -> RunConfig:
-    """A preset or the defaults, changed by each source in turn."""
+    """A preset or the defaults, changed by each source in turn; without a generator where the objective has none."""
     config = RunConfig() if preset is None else PRESETS[preset]()
     for source in sources:
         config = change_values(config, source.list_values())
+    chosen = {name for source in sources for name in source.list_values()}
+    if OBJECTIVES[config.objective.objective].generator == "none" and "generator_num_layers" not in chosen:
+        # A preset's generator belongs to its objective; one that is asked for is refused later.
+        config = replace(config, model=replace(config.model, generator_num_layers=0))
     return config
 
 

@@ -2,20 +2,17 @@
 
 from megatron_metro.config.chain import Network
 from megatron_metro.config.legal import nearest_divisors, nearest_multiples, require
+from megatron_metro.config.lengths import static_lengths
 from megatron_metro.config.network_sizes import network_sizes
+from megatron_metro.config.objectives import check_data_of_objective
 from megatron_metro.config.schema import ModelConfig, ParallelConfig, RunConfig
-from megatron_metro.config.spans import span_lengths
 
 VOCAB_CHUNK = 128  # columns of the fixed grid on which the sampler sums probabilities
 
 
 def derive_decoder_length(config: RunConfig) -> int:
-    """Tokens the decoder writes: METRO restores the whole text, T5 writes the noise spans."""
-    if config.objective.objective == "metro":
-        return config.data.encoder_seq_length
-    objective = config.objective
-    lengths = span_lengths(config.data.encoder_seq_length, objective.mask_prob, objective.mean_noise_span_length)
-    return lengths.decoder_length
+    """Tokens the decoder writes under the run's objective."""
+    return static_lengths(config).decoder
 
 
 def check_widths(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -150,22 +147,7 @@ def check_objective(config: RunConfig) -> None:
         f"{model.rtd_head} and --generator-num-layers {model.generator_num_layers}; drop it or give both",
     )
     require(
-        objective.objective == "metro" or not model.has_generator,
-        f"--objective t5-span has no generator, found --generator-num-layers {model.generator_num_layers}; give 0",
-    )
-    require(
         objective.lm_loss_weight > 0 or model.has_generator,
         f"--lm-loss-weight 0 leaves --objective {objective.objective} without a generator nothing to train; give 1.0",
     )
-    if objective.objective == "metro":
-        return
-    require(
-        config.data.block_mode == "full",
-        f"--objective t5-span corrupts full blocks, found --block-mode {config.data.block_mode}; give full",
-    )
-    lengths = span_lengths(config.data.encoder_seq_length, objective.mask_prob, objective.mean_noise_span_length)
-    needed = lengths.num_spans + 1  # sentinel 0 starts the decoder
-    require(
-        extra_ids >= needed,
-        f"--vocab-extra-ids {extra_ids} are too few for {lengths.num_spans} spans; give at least {needed}",
-    )
+    check_data_of_objective(config)

@@ -134,19 +134,55 @@ class ModelConfig:
 class ObjectiveConfig:
     """What the model is trained to do, and how the terms of its loss are weighed."""
 
-    objective: Literal["metro", "t5-span"] = option("metro", "pretraining objective")
-    mask_prob: float = option(0.15, "share of tokens masked (METRO) or corrupted (T5)", above=0.0, below=1.0)
+    objective: Literal[
+        "metro",
+        "electra",
+        "spactor",
+        "t5-span",
+        "t5-metro",
+        "t5-iid",
+        "prefix-lm",
+        "bert-style",
+        "mass-style",
+        "deshuffle",
+        "drop-tokens",
+    ] = option("metro", "pretraining objective")
+    mask_prob: float = option(
+        0.15,
+        "share of tokens masked (metro, electra) or corrupted (all but prefix-lm, deshuffle)",
+        above=0.0,
+        below=1.0,
+    )
+    spactor_mask_prob: float = option(
+        0.15,
+        "share of what span corruption leaves that is masked for the generator (spactor; 0.2 in its Large)",
+        above=0.0,
+        below=1.0,
+    )
+    mask_spans: bool = option(
+        False, "mask contiguous spans of --mean-noise-span-length instead of single tokens, as many (metro, electra)"
+    )
+    lm_targets: Literal["masked", "all", "masked-only"] = option(
+        "masked",
+        "masked: the LM loss is on masked tokens; all: on every token of the whole text (metro, t5-metro, electra); "
+        "masked-only: the decoder writes nothing but the masked tokens (metro)",
+    )
     mask_token_prob: float = option(
         0.8, "share of masked positions shown to the generator as the mask token", minimum=0.0, maximum=1.0
     )
     mask_random_prob: float = option(
-        0.1, "share of masked positions shown to the generator as a random token", minimum=0.0, maximum=1.0
+        0.1,
+        "share of masked positions shown as a random token (metro, electra; bert-style, which masks all others)",
+        minimum=0.0,
+        maximum=1.0,
     )
     mask_special_tokens: bool = option(True, "let <s> and </s> be masked as the reference does")
     probabilistic_rounding: bool = option(
         True, "round the number of masked tokens at random so that its mean is exact; down when off"
     )
-    mean_noise_span_length: float = option(3.0, "mean length of a corrupted span (t5-span)", minimum=1.0)
+    mean_noise_span_length: float = option(
+        3.0, "mean length of a corrupted span (t5-span, t5-metro, spactor; --mask-spans)", minimum=1.0
+    )
     mlm_loss_weight: float = option(1.0, "weight of the generator's masked-LM loss", minimum=0.0)
     rtd_loss_weight: float = option(50.0, "weight of the replaced-token-detection loss", minimum=0.0)
     lm_loss_weight: float = option(1.0, "weight of the decoder's corrective LM loss", minimum=0.0)
@@ -166,7 +202,7 @@ class DataConfig:
     split: str = option("969,30,1", "proportions of training, validation and test documents")
     data_cache_path: str | None = option(None, "folder of the sample indices; <save>/cache when not given")
     encoder_seq_length: int = option(512, "tokens the encoder reads", alias="--seq-length", minimum=3)
-    decoder_seq_length: int | None = option(None, "tokens the decoder writes; follows from the objective", minimum=3)
+    decoder_seq_length: int | None = option(None, "tokens the decoder writes; follows from the objective", minimum=0)
     block_mode: Literal["full", "complete_doc"] = option(
         "full", "full: every block holds seq-length tokens; complete_doc: whole lines of one document, padded"
     )

@@ -91,7 +91,9 @@ def open_store(prefix: str, vocabulary: Vocabulary, tokenizer_sha256: str) -> To
 
 def check_ids(ids: NDArray[np.integer], vocabulary: Vocabulary, source: str) -> None:
     """DataError when text holds an id it cannot have: negative, pad, mask, a sentinel or beyond the vocabulary."""
-    wrong = (ids >= vocabulary.num_pieces) | (ids < 0) | (ids == vocabulary.pad_id) | (ids == vocabulary.mask_id)
+    wrong = (ids >= vocabulary.num_pieces) | (ids < 0) | (ids == vocabulary.pad_id)
+    if vocabulary.mask_id is not None:
+        wrong |= ids == vocabulary.mask_id
     if wrong.any():
         raise DataError(
             f"{source} holds id {ids[wrong][0]}, which is no text in a vocabulary of {vocabulary.num_pieces} pieces; "

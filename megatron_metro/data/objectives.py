@@ -3,15 +3,26 @@
 An objective states how many tokens a block has, the shape of what it makes, and makes it: one small file each.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
 from megatron_metro.config.errors import ConfigError
-from megatron_metro.config.schema import DataConfig, RunConfig
-from megatron_metro.config.spans import span_lengths
+from megatron_metro.config.objectives import OBJECTIVES
+from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.blocks import Blocks
-from megatron_metro.data.metro_objective import MetroObjective
-from megatron_metro.data.span_objective import build_span_objective
+from megatron_metro.data.metro_objective import build_metro
+from megatron_metro.data.metro_span_objective import build_metro_spans
+from megatron_metro.data.spactor_objective import build_spactor
+from megatron_metro.data.span_objective import build_spans
+from megatron_metro.data.survey_objectives import (
+    build_bert,
+    build_deshuffle,
+    build_drop,
+    build_iid,
+    build_mass,
+    build_prefix,
+)
 from megatron_metro.tokenizer import Vocabulary
 
 
@@ -33,32 +44,31 @@ class Objective(Protocol):
         """The microbatch of these blocks; row i depends on row i alone."""
 
 
+BUILDERS: dict[str, Callable[[RunConfig, Vocabulary], Objective]] = {
+    "metro": build_metro,
+    "electra": build_metro,
+    "spactor": build_spactor,
+    "t5-span": build_spans,
+    "t5-metro": build_metro_spans,
+    "t5-iid": build_iid,
+    "prefix-lm": build_prefix,
+    "bert-style": build_bert,
+    "mass-style": build_mass,
+    "deshuffle": build_deshuffle,
+    "drop-tokens": build_drop,
+}
+
+
 def build_objective(run: RunConfig, vocabulary: Vocabulary) -> Objective:
     """The objective a run asks for; ConfigError when its lengths or its sentinels do not work out."""
-    config, data = run.objective, run.data
-    if config.objective == "metro":
-        _check_decoder_length(data, data.encoder_seq_length, "metro")
-        return MetroObjective(
-            vocabulary=vocabulary,
-            sequence_length=data.encoder_seq_length,
-            mask_prob=config.mask_prob,
-            mask_token_prob=config.mask_token_prob,
-            mask_random_prob=config.mask_random_prob,
-            mask_special_tokens=config.mask_special_tokens,
-            rounds_at_random=config.probabilistic_rounding,
-            has_generator=run.model.has_generator,
-            is_padded=data.block_mode == "complete_doc",
-        )
-    if data.block_mode != "full":
-        raise ConfigError(f"--objective t5-span corrupts full blocks; it cannot use --block-mode {data.block_mode}")
-    lengths = span_lengths(data.encoder_seq_length, config.mask_prob, config.mean_noise_span_length)
-    _check_decoder_length(data, lengths.decoder_length, "t5-span")
-    return build_span_objective(lengths, data.encoder_seq_length, vocabulary)
-
-
-def _check_decoder_length(data: DataConfig, needed: int, objective: str) -> None:
+    name, data = run.objective.objective, run.data
+    if data.block_mode != "full" and not OBJECTIVES[name].takes_lines:
+        raise ConfigError(f"--objective {name} corrupts full blocks; it cannot use --block-mode {data.block_mode}")
+    objective = BUILDERS[name](run, vocabulary)
+    needed = objective.shape(micro_batch_size=1).decoder_length
     if data.decoder_seq_length not in (None, needed):
         raise ConfigError(
-            f"--decoder-seq-length is {data.decoder_seq_length}; --objective {objective} with --encoder-seq-length "
+            f"--decoder-seq-length is {data.decoder_seq_length}; --objective {name} with --encoder-seq-length "
             f"{data.encoder_seq_length} writes {needed}: leave it out"
         )
+    return objective

@@ -137,7 +137,9 @@ class BlockSource:
         # What lies past a short block at the very end is replaced by pad below.
         body = self.documents.store.tokens[np.minimum(places, end - 1)]
         blocks = np.empty((len(starts), self.raw_length), dtype=np.int64)
-        blocks[:, 0] = self.vocabulary.bos_id
+        if self.has_bos:
+            assert self.vocabulary.bos_id is not None
+            blocks[:, 0] = self.vocabulary.bos_id
         blocks[:, self.has_bos :] = body
         inside = np.arange(body_length) < lengths[:, None]
         if not inside.all():

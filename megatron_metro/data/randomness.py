@@ -23,6 +23,11 @@ class Purpose(IntEnum):
     MASK = 3  # which positions METRO masks, and what the generator sees there
     SAMPLE = 4  # the uniforms that pick the generator's tokens
     SPANS = 5  # lengths of T5's spans
+    NOISE = 6  # which tokens T5's survey objectives corrupt one by one, and random ids there
+    SHUFFLE = 7  # order of the tokens of a shuffled text
+    SPLIT = 8  # where a text is split into prefix and target
+    METRO_SPANS = 9  # the METRO paper's own T5 spans
+    MASK_SPANS = 10  # lengths and places of METRO's contiguous masks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,17 +1,21 @@
-"""T5's span corruption: blocks of tokens to microbatches. Letters: b blocks, s positions, t decoder positions."""
+"""T5's span corruption: blocks of tokens to microbatches.
+
+Letters: b blocks, n tokens of a block, s encoder positions, t decoder positions.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
 from megatron_metro.config.errors import ConfigError
-from megatron_metro.config.spans import SpanLengths
+from megatron_metro.config.schema import RunConfig
+from megatron_metro.config.spans import SpanLengths, span_lengths
 from megatron_metro.data.blocks import Blocks, map_rows
-from megatron_metro.data.masking import mark_spans, split_randomly
-from megatron_metro.data.randomness import Purpose, draw_words
+from megatron_metro.data.masking import Ids, Mask, mark_spans, split_randomly
+from megatron_metro.data.randomness import BlockKeys, Purpose, draw_words
+from megatron_metro.data.text_to_text import every_slot, require_sentinels, shift_right
 from megatron_metro.tokenizer import Vocabulary
 
 
@@ -19,14 +23,13 @@ from megatron_metro.tokenizer import Vocabulary
 class SpanObjective:
     """T5's span corruption with the library's arithmetic: </s> ends both sides, no final sentinel.
 
-    With METRO's vocabulary sentinels count up: the i-th span (from 1) is <sen00i>, and <sen000> starts the decoder.
+    With T5's vocabulary sentinels count down from the last id and pad starts the decoder. With METRO's they count up:
+    the i-th span (from 1) is <sen00i>, and <sen000> starts the decoder.
     """
 
     vocabulary: Vocabulary
     lengths: SpanLengths
     encoder_length: int
-    decoder_start_id: int
-    first_sentinel_id: int
 
     @property
     def raw_length(self) -> int:
@@ -51,60 +54,80 @@ class SpanObjective:
     def make_batch(self, blocks: Blocks) -> Microbatch:
         """The microbatch of these blocks; row i depends on row i alone."""
         encoder_tokens, decoder_tokens, targets = map_rows(blocks, self._make_rows)
-        slots = torch.arange(targets.shape[1]).expand(targets.shape).contiguous()
+        slots, valid = every_slot(targets)
         return Microbatch(
             encoder_tokens=encoder_tokens,
             decoder_tokens=decoder_tokens,
             target_slots=slots,
             target_ids=targets,
-            target_valid=torch.ones_like(slots, dtype=torch.bool),
+            target_valid=valid,
         )
 
     def _make_rows(self, blocks: Blocks) -> tuple[NDArray, ...]:
-        num_rows, num_noise, num_spans = len(blocks), self.lengths.num_noise_tokens, self.lengths.num_spans
-        num_kept = self.lengths.raw_length - num_noise
-        words = draw_words(blocks.keys, Purpose.SPANS, num_kept - 1 + num_noise - 1)
-        noise_lengths = split_randomly(words[:, num_kept - 1 :], num_noise, num_spans)
-        noise, is_start = mark_spans(split_randomly(words[:, : num_kept - 1], num_kept, num_spans), noise_lengths)
-        sentinels = self.first_sentinel_id + np.arange(num_spans)
+        encoder_tokens, targets = corrupt_spans(blocks, self.lengths, self.vocabulary)
+        return encoder_tokens, shift_right(targets, self.vocabulary.decoder_start_id), targets
 
-        encoder_tokens = np.full((num_rows, self.encoder_length), self.vocabulary.eos_id, dtype=np.int64)
-        with_sentinels = blocks.tokens.copy()
-        with_sentinels[is_start] = np.tile(sentinels, num_rows)
-        encoder_tokens[:, :-1] = with_sentinels[~noise | is_start].reshape(num_rows, -1)
 
-        targets = np.full((num_rows, self.lengths.decoder_length), self.vocabulary.eos_id, dtype=np.int64)
-        is_sentinel = np.zeros((num_rows, num_noise + num_spans), dtype=np.bool_)
-        # Before the i-th sentinel stand i sentinels and the noise of i spans.
-        sentinel_slots = noise_lengths.cumsum(axis=1) - noise_lengths + np.arange(num_spans)
-        np.put_along_axis(is_sentinel, sentinel_slots, True, axis=1)
-        spans = targets[:, :-1]
-        spans[is_sentinel] = np.tile(sentinels, num_rows)
-        spans[~is_sentinel] = blocks.tokens[noise]
+def corrupt_spans(blocks: Blocks, lengths: SpanLengths, vocabulary: Vocabulary) -> tuple[Ids, Ids]:
+    """([b, s] text with a sentinel for each span and </s>, [b, t] each sentinel, its span, and </s>)."""
+    return replace_spans(blocks.tokens, *draw_spans(blocks.keys, lengths), vocabulary)
 
-        decoder_tokens = np.empty_like(targets)
-        decoder_tokens[:, 0] = self.decoder_start_id
-        decoder_tokens[:, 1:] = targets[:, :-1]
-        return encoder_tokens, decoder_tokens, targets
+
+def draw_spans(keys: BlockKeys, lengths: SpanLengths) -> tuple[Mask, Mask, Ids]:
+    """([b, n] noise, [b, n] span starts, [b, spans] span lengths) of T5's random spans."""
+    num_noise, num_spans = lengths.num_noise_tokens, lengths.num_spans
+    num_kept = lengths.raw_length - num_noise
+    words = draw_words(keys, Purpose.SPANS, num_kept - 1 + num_noise - 1)
+    noise_lengths = split_randomly(words[:, num_kept - 1 :], num_noise, num_spans)
+    kept_lengths = split_randomly(words[:, : num_kept - 1], num_kept, num_spans)
+    return *mark_spans(kept_lengths, noise_lengths), noise_lengths
+
+
+def replace_spans(
+    tokens: Ids, noise: Mask, is_start: Mask, noise_lengths: Ids, vocabulary: Vocabulary
+) -> tuple[Ids, Ids]:
+    """The two sides of texts that have as many noise tokens and spans each."""
+    num_rows, num_spans = noise_lengths.shape
+    num_noise = int(noise_lengths[0].sum())
+    sentinels = np.asarray(vocabulary.span_sentinel_ids[:num_spans])
+
+    num_left = tokens.shape[1] - num_noise + num_spans
+    encoder_tokens = np.full((num_rows, num_left + 1), vocabulary.eos_id, dtype=np.int64)
+    with_sentinels = tokens.copy()
+    with_sentinels[is_start] = np.tile(sentinels, num_rows)
+    encoder_tokens[:, :-1] = with_sentinels[~noise | is_start].reshape(num_rows, -1)
+
+    targets = np.full((num_rows, num_noise + num_spans + 1), vocabulary.eos_id, dtype=np.int64)
+    is_sentinel = np.zeros((num_rows, num_noise + num_spans), dtype=np.bool_)
+    # Before the i-th sentinel stand i sentinels and the noise of i spans.
+    sentinel_slots = noise_lengths.cumsum(axis=1) - noise_lengths + np.arange(num_spans)
+    np.put_along_axis(is_sentinel, sentinel_slots, True, axis=1)
+    spans = targets[:, :-1]
+    spans[is_sentinel] = np.tile(sentinels, num_rows)
+    spans[~is_sentinel] = tokens[noise]
+    return encoder_tokens, targets
+
+
+def build_spans(run: RunConfig, vocabulary: Vocabulary) -> SpanObjective:
+    """`t5-span` as a run asks for it."""
+    length, objective = run.data.encoder_seq_length, run.objective
+    lengths = span_lengths(length, objective.mask_prob, objective.mean_noise_span_length)
+    return build_span_objective(lengths, length, vocabulary)
 
 
 def build_span_objective(lengths: SpanLengths, encoder_length: int, vocabulary: Vocabulary) -> SpanObjective:
-    """Span corruption with METRO's sentinels."""
+    """Span corruption with a vocabulary's sentinels; ConfigError when spans do not fit or sentinels do not suffice."""
+    check_spans(lengths, vocabulary)
+    return SpanObjective(vocabulary=vocabulary, lengths=lengths, encoder_length=encoder_length)
+
+
+def check_spans(lengths: SpanLengths, vocabulary: Vocabulary, num_masks: int = 0) -> None:
+    """ConfigError unless tokens between spans and sentinels suffice; `num_masks` sentinels have another use."""
     num_kept = lengths.raw_length - lengths.num_noise_tokens
     if lengths.num_spans > num_kept:
         raise ConfigError(
             f"--mask-prob leaves {num_kept} tokens between {lengths.num_spans} spans; lower it or raise "
             "--mean-noise-span-length"
         )
-    if lengths.num_spans >= vocabulary.num_sentinels:
-        raise ConfigError(
-            f"--vocab-extra-ids is {vocabulary.num_sentinels}; {lengths.num_spans} spans and the decoder start need "
-            f"{lengths.num_spans + 1}"
-        )
-    return SpanObjective(
-        vocabulary=vocabulary,
-        lengths=lengths,
-        encoder_length=encoder_length,
-        decoder_start_id=vocabulary.sentinel_ids[0],
-        first_sentinel_id=vocabulary.sentinel_ids[1],
-    )
+    use = f"{lengths.num_spans} spans{' and the mask token' if num_masks else ''}"
+    require_sentinels(vocabulary, lengths.num_spans + num_masks, use)

@@ -1,4 +1,4 @@
-"""Training a SentencePiece vocabulary as METRO's: unigram, reserved ids 0 to 4, text normalised by NFKC."""
+"""Training a SentencePiece vocabulary, unigram over NFKC text, with METRO's reserved ids 0 to 4 or T5's 0 to 2."""
 
 import io
 import random
@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from megatron_metro.config.errors import ConfigError, DataError
 from megatron_metro.config.files import write_atomically
 from megatron_metro.data.corpus import BadLine, find_inputs, parse_chunk, read_chunks
-from megatron_metro.tokenizer import MASK_ID, MASK_PIECE
+from megatron_metro.tokenizer import MASK_PIECE, Vocabulary
 
 MAX_SENTENCE_BYTES = 4000  # SentencePiece would leave out longer ones without a word
 MAX_PIECE_LENGTH = 32
@@ -31,6 +32,7 @@ class VocabularyOptions:
     character_coverage: float = 0.999995
     max_sentences: int = 2_000_000  # a fixed random sample of so many lines is used
     allow_smaller_vocab: bool = False  # take what a small text gives
+    is_t5: bool = False  # T5's reserved ids instead of METRO's
 
 
 def train_vocabulary(options: VocabularyOptions) -> bytes:
@@ -53,20 +55,28 @@ def train_vocabulary(options: VocabularyOptions) -> bytes:
             max_sentence_length=2 * MAX_SENTENCE_BYTES,
             num_threads=NUM_THREADS,
             minloglevel=2,
-            bos_id=0,
-            pad_id=1,
-            eos_id=2,
-            unk_id=3,
             bos_piece="<s>",
             pad_piece="<pad>",
             eos_piece="</s>",
             unk_piece="<unk>",
-            # A control symbol has an id and is never found in text.
-            control_symbols=[MASK_PIECE],
+            **_reserve_ids(options.is_t5),
         )
     except (RuntimeError, ValueError) as error:
         raise _explain(error, options.vocab_size) from error
     return model.getvalue()
+
+
+def _reserve_ids(is_t5: bool) -> dict[str, Any]:
+    """Special ids in SentencePiece's words; -1 is none."""
+    vocabulary = (Vocabulary.t5 if is_t5 else Vocabulary)(num_pieces=0, num_sentinels=0)
+    return {
+        "bos_id": -1 if vocabulary.bos_id is None else vocabulary.bos_id,
+        "pad_id": vocabulary.pad_id,
+        "eos_id": vocabulary.eos_id,
+        "unk_id": vocabulary.unk_id,
+        # A control symbol has an id and is never found in text.
+        "control_symbols": [] if vocabulary.mask_id is None else [MASK_PIECE],
+    }
 
 
 def write_vocabulary(model: bytes, output_prefix: str) -> tuple[Path, int]:
@@ -113,7 +123,7 @@ def _sample(sentences: Iterable[str], size: int) -> list[str]:
 
 
 def _check_options(options: VocabularyOptions) -> None:
-    num_reserved = MASK_ID + 1
+    num_reserved = (Vocabulary.t5 if options.is_t5 else Vocabulary)(num_pieces=0, num_sentinels=0).first_text_id
     if not num_reserved < options.vocab_size < 2**31:
         raise ConfigError(f"--vocab-size {options.vocab_size}: {num_reserved} ids are reserved; give more, below 2^31")
     if not 0.98 <= options.character_coverage <= 1.0:

@@ -115,7 +115,7 @@ def draw_blocks(run: RunConfig, num_blocks: int) -> Blocks:
     vocabulary = benchmark_vocabulary(run)
     length = build_objective(run, vocabulary).raw_length
     generator = np.random.default_rng(run.training.seed)
-    tokens = generator.integers(vocabulary.mask_id + 1, vocabulary.num_pieces, (num_blocks, length))
+    tokens = generator.integers(vocabulary.first_text_id, vocabulary.num_pieces, (num_blocks, length))
     keys = BlockKeys(
         seed=run.training.seed,
         identity=np.zeros(num_blocks, dtype=np.uint64),

@@ -93,7 +93,7 @@ def fit_to_machine(run: RunConfig, tokenizer: Tokenizer, device: Device) -> RunC
         num_workers = 2 if device.kind == "cuda" else 0
     return replace(
         run,
-        model=replace(run.model, vocab_size=tokenizer.vocab_size),
+        model=replace(run.model, vocab_size=run.model.vocab_size or tokenizer.vocab_size),
         data=replace(run.data, num_workers=num_workers),
     )
 

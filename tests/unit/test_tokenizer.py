@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_metro.config.errors import ConfigError, DataError
 from megatron_metro.config.schema import TokenizerConfig
 from megatron_metro.data.vocabulary_training import VocabularyOptions, train_vocabulary, write_vocabulary
-from megatron_metro.tokenizer import NullTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megatron_metro.tokenizer import NullTokenizer, SentencePieceTokenizer, Tokenizer, Vocabulary, load_tokenizer
 
 GENERATOR = random.Random(3)
 WORDS = ["".join(GENERATOR.choices("abcdefghijklmnop", k=GENERATOR.randint(2, 7))) for _ in range(200)]
@@ -98,6 +98,92 @@ def test_a_user_defined_mask_piece_is_hidden(folder):
     tokenizer = Tokenizer.load(folder / "released.model", 16)
     assert 4 not in tokenizer.encode("a [MASK] b")
     assert tokenizer.encode("the lazy dog") == raw.encode("the lazy dog")
+
+
+def add_pieces(model: bytes, names: list[str], kind: int = 4) -> bytes:
+    """A model file with more pieces, as a protocol buffer lets one append them; kind 4 is a user symbol."""
+    for name in map(str.encode, names):
+        body = bytes([0x0A, len(name)]) + name + bytes([0x15, 0, 0, 0, 0]) + (bytes([0x18, kind]) if kind else b"")
+        model += bytes([0x0A, len(body)]) + body
+    return model
+
+
+@pytest.fixture(scope="module")
+def t5_model(folder) -> bytes:
+    return train_vocabulary(VocabularyOptions(inputs=(str(folder / "text.txt"),), vocab_size=150, is_t5=True))
+
+
+def load_bytes(folder, model: bytes, num_sentinels: int) -> Tokenizer:
+    (folder / "given.model").write_bytes(model)
+    return Tokenizer.load(folder / "given.model", num_sentinels)
+
+
+def test_t5_ids(folder, t5_model):
+    """Pad 0, </s> 1, unk 2; appended sentinels count down from the last id."""
+    tokenizer = load_bytes(folder, t5_model, 16)
+    vocabulary = tokenizer.vocabulary
+    assert vocabulary == Vocabulary.t5(150, 16)
+    assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id, vocabulary.bos_id) == (0, 1, 2, None)
+    assert list(vocabulary.sentinel_ids) == list(range(165, 149, -1))
+    assert (vocabulary.decoder_start_id, vocabulary.span_sentinel_ids[0], vocabulary.masked_id) == (0, 165, 150)
+    assert (vocabulary.first_text_id, vocabulary.random_ids) == (3, range(3, 166))
+    assert [tokenizer.piece(i) for i in (0, 1, 2, 150, 165)] == [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<extra_id_15>",
+        "<extra_id_0>",
+    ]
+    text = "the lazy dog"
+    assert min(tokenizer.encode(text)) >= 3
+    assert tokenizer.decode([*tokenizer.encode(text), 165, 1, 0]) == f"{text} <extra_id_0>"
+    assert tokenizer.decode([*tokenizer.encode(text), 1], show_special=True) == f"{text} </s>"
+
+
+def test_metros_ids_beside_t5s():
+    vocabulary = Vocabulary(num_pieces=150, num_sentinels=16)
+    assert (vocabulary.decoder_start_id, vocabulary.span_sentinel_ids, vocabulary.masked_id) == (
+        150,
+        range(151, 166),
+        150,
+    )
+    assert (vocabulary.first_text_id, vocabulary.random_ids) == (5, range(4, 166))
+
+
+@pytest.mark.parametrize("kind", [0, 4])
+@pytest.mark.parametrize("prefix", ["", "▁"])
+@pytest.mark.parametrize("descend", [False, True])
+def test_sentinels_that_are_pieces(folder, t5_model, kind, prefix, descend):
+    numbers = range(8)[:: -1 if descend else 1]
+    model = add_pieces(t5_model, [f"{prefix}<extra_id_{i}>" for i in numbers], kind)
+    tokenizer = load_bytes(folder, model, 8)
+    assert (tokenizer.num_pieces, tokenizer.vocab_size) == (150, 158)
+    assert list(tokenizer.sentinel_ids) == list(range(150, 158))[:: -1 if descend else 1]
+    assert tokenizer.piece(150) == ("<extra_id_7>" if descend else "<extra_id_0>")
+    assert max(tokenizer.encode("the <extra_id_0> fox<extra_id_3>")) < 150
+    assert tokenizer.encode("lazy dog") == load_bytes(folder, t5_model, 8).encode("lazy dog")
+    with pytest.raises(ConfigError, match=r"--vocab-extra-ids is 100, .* holds 8 sentinels itself; give 8"):
+        load_bytes(folder, model, 100)
+
+
+def test_sentinel_pieces_must_be_the_last_ids(folder, t5_model, tokenizer):
+    metro_model = (folder / "own.model").read_bytes()
+    for model in (
+        add_pieces(t5_model, ["<extra_id_0>", "more"]),
+        add_pieces(t5_model, ["<extra_id_0>", "<extra_id_2>"]),
+        add_pieces(metro_model, ["<extra_id_0>", "<extra_id_1>"]),
+    ):
+        with pytest.raises(DataError, match=r"sentinel pieces .* must be the last ids"):
+            load_bytes(folder, model, 2)
+
+
+def test_t5_models_may_have_padded_rows(folder, t5_model):
+    (folder / "t5.model").write_bytes(t5_model)
+    config = TokenizerConfig(tokenizer_model=str(folder / "t5.model"), vocab_extra_ids=100)
+    for rows in (None, 250, 256):
+        assert load_tokenizer(config, rows).sentinel_ids[0] == 249
+    with pytest.raises(ConfigError, match="--vocab-size 384"):
+        load_tokenizer(config, 384)
 
 
 def test_models_that_do_not_fit_are_refused(folder, tokenizer):

@@ -10,11 +10,17 @@ from megatron_metro.config.batches import batch_size_at, count_steps, list_batch
 from megatron_metro.config.blend import parse_blend, parse_split
 from megatron_metro.config.cli import parse_run, read_run
 from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.schema import RunConfig, TrainingConfig
 from megatron_metro.config.validation import data_parallel_size, require_training_inputs, validate
 
 T5 = "--objective t5-span --generator-num-layers 0"
 GOOD = [  # processes, words on top of metro-tiny
+    *((1, f"--objective {name}") for name in OBJECTIVES),
+    (1, "--mask-spans --lm-targets all"),
+    (1, "--lm-targets masked-only --weighted-lm-loss"),
+    (1, "--objective t5-metro --lm-targets all --block-mode complete_doc"),
+    (1, "--objective spactor --generator-num-layers 0"),
     (1, T5),
     (1, f"{T5} --encoder-seq-length 512 --decoder-seq-length 114"),
     (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
@@ -52,7 +58,19 @@ BAD = [  # processes, words on top of metro-tiny, parts of the message
     (1, "--encoder-seq-length 2048", ["--encoder-seq-length 2048", "--max-position-embeddings 1024", "2048"]),
     (1, "--decoder-seq-length 64", ["--decoder-seq-length 64", "--encoder-seq-length 128", "give 128"]),
     (1, f"{T5} --decoder-seq-length 128", ["--decoder-seq-length 128", "t5-span", "leave it out"]),
-    (1, "--objective t5-span", ["t5-span", "--generator-num-layers 2", "give 0"]),
+    (1, "--objective t5-span --generator-num-layers 2", ["t5-span", "--generator-num-layers 2", "give 0"]),
+    (1, "--objective electra --generator-num-layers 0", ["electra", "--generator-num-layers 0", "at least 1"]),
+    (1, "--objective t5-span --lm-targets all", ["t5-span", "--lm-targets all", "give masked"]),
+    (1, "--objective t5-metro --lm-targets masked-only", ["t5-metro", "masked-only", "give masked or all"]),
+    (1, "--objective electra --lm-targets masked-only", ["electra", "masked-only", "give masked or all"]),
+    (1, "--objective spactor --mask-spans", ["--mask-spans", "spactor", "drop it"]),
+    (1, "--lm-targets all --weighted-lm-loss", ["--weighted-lm-loss", "metro", "--lm-targets all", "drop it"]),
+    (1, "--objective spactor --weighted-lm-loss", ["--weighted-lm-loss", "spactor", "drop it"]),
+    (1, "--objective t5-iid --vocab-extra-ids 10", ["--vocab-extra-ids 10", "20 spans", "at least 21"]),
+    (1, "--objective spactor --vocab-extra-ids 4", ["--vocab-extra-ids 4", "7 spans", "at least 8"]),
+    (1, "--objective t5-metro --vocab-extra-ids 7", ["--vocab-extra-ids 7", "8 spans", "at least 9"]),
+    (1, "--objective deshuffle --block-mode complete_doc", ["deshuffle", "complete_doc", "give full"]),
+    (1, "--objective spactor --spactor-mask-prob 0", ["--spactor-mask-prob: 0"]),
     (1, f"{T5} --lm-loss-weight 0", ["--lm-loss-weight 0"]),
     (1, f"{T5} --block-mode complete_doc", ["t5-span", "complete_doc"]),
     (1, f"{T5} --vocab-extra-ids 4", ["--vocab-extra-ids 4", "7 spans", "at least 8"]),

@@ -1,0 +1,106 @@
+"""What each objective asks of the rest of a run: generator, sentinels, blocks, targets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_metro.config.legal import require
+from megatron_metro.config.lengths import measure_runs
+from megatron_metro.config.schema import RunConfig
+from megatron_metro.config.spans import count_noise, metro_span_lengths, most_empty_spans, span_lengths
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Requirements:
+    """What an objective can be combined with."""
+
+    generator: Literal["none", "optional", "needed"] = "none"
+    lm_targets: tuple[str, ...] = ("masked",)
+    masks_tokens: bool = False  # one by one, or with --mask-spans in spans
+    takes_lines: bool = False  # blocks of --block-mode complete_doc
+    count_spans: Callable[[RunConfig], int] | None = None  # the most sentinels that mark spans of one block
+
+
+def _count_spans(config: RunConfig) -> int:
+    objective = config.objective
+    return span_lengths(config.data.encoder_seq_length, objective.mask_prob, objective.mean_noise_span_length).num_spans
+
+
+def _count_metro_spans(config: RunConfig) -> int:
+    objective, length = config.objective, config.data.encoder_seq_length
+    lengths = metro_span_lengths(length, objective.mask_prob, objective.mean_noise_span_length)
+    return lengths.num_starts + most_empty_spans(length, objective.mask_prob)
+
+
+def _count_runs(config: RunConfig) -> int:
+    """And the final sentinel."""
+    raw_length = config.data.encoder_seq_length - 1
+    return measure_runs(raw_length, count_noise(raw_length, config.objective.mask_prob))[0] + 1
+
+
+TEXT_TO_TEXT = Requirements()
+OBJECTIVES: dict[str, Requirements] = {
+    "metro": Requirements(
+        generator="optional", lm_targets=("masked", "all", "masked-only"), masks_tokens=True, takes_lines=True
+    ),
+    "electra": Requirements(generator="needed", lm_targets=("masked", "all"), masks_tokens=True, takes_lines=True),
+    # Without a generator it is span corruption alone, as after its stage switch.
+    "spactor": Requirements(generator="optional", count_spans=_count_spans),
+    "t5-span": Requirements(count_spans=_count_spans),
+    "t5-metro": Requirements(lm_targets=("masked", "all"), takes_lines=True, count_spans=_count_metro_spans),
+    "t5-iid": Requirements(count_spans=_count_runs),
+    "prefix-lm": TEXT_TO_TEXT,
+    "bert-style": TEXT_TO_TEXT,
+    "mass-style": TEXT_TO_TEXT,
+    "deshuffle": TEXT_TO_TEXT,
+    "drop-tokens": TEXT_TO_TEXT,
+}
+
+
+def has_decoder(config: RunConfig) -> bool:
+    """Whether anything is written."""
+    return config.objective.objective != "electra"
+
+
+def targets_are_masked_slots(config: RunConfig) -> bool:
+    """Whether slot i of the LM head and slot i of the generator stand for the same token, for all i."""
+    return OBJECTIVES[config.objective.objective].masks_tokens and config.objective.lm_targets != "all"
+
+
+def check_data_of_objective(config: RunConfig) -> None:
+    """The objective gets the model, the blocks and the sentinels it needs, and no flag that it does not heed."""
+    objective, num_layers = config.objective, config.model.generator_num_layers
+    name, needs = f"--objective {objective.objective}", OBJECTIVES[objective.objective]
+    require(
+        needs.generator != "none" or not config.model.has_generator,
+        f"{name} has no generator, found --generator-num-layers {num_layers}; give 0",
+    )
+    require(
+        needs.generator != "needed" or config.model.has_generator,
+        f"{name} detects what a generator replaced, found --generator-num-layers {num_layers}; give at least 1",
+    )
+    require(
+        objective.lm_targets in needs.lm_targets,
+        f"{name} has no --lm-targets {objective.lm_targets}; give {' or '.join(needs.lm_targets)}",
+    )
+    require(
+        needs.masks_tokens or not objective.mask_spans,
+        f"--mask-spans changes what metro and electra mask, found {name}; drop it",
+    )
+    require(
+        needs.takes_lines or config.data.block_mode == "full",
+        f"{name} corrupts full blocks, found --block-mode {config.data.block_mode}; give full",
+    )
+    require(
+        not objective.weighted_lm_loss or targets_are_masked_slots(config),
+        "--weighted-lm-loss weighs the LM loss at masked positions, found "
+        f"{name} and --lm-targets {objective.lm_targets}; drop it",
+    )
+    if needs.count_spans is None:
+        return
+    # The tokenizer, not known here, says whether one more is needed; METRO's does.
+    num_spans, extra_ids = needs.count_spans(config), config.tokenizer.vocab_extra_ids
+    require(
+        extra_ids >= num_spans,
+        f"--vocab-extra-ids {extra_ids} are too few for {num_spans} spans; give at least {num_spans + 1}",
+    )
