@@ -58,8 +58,8 @@ def restore_blocks(piece: ChainPiece, microbatch: Microbatch) -> list[Restoratio
     filled = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, encoded.sampled_ids)
     probs: list[tuple] = [()] * microbatch.shape.micro_batch_size
     is_real = mark_real_positions(microbatch)
-    if piece.context.model.has_rtd_head:
-        probs = _list_rows(piece.rtd_head(encoded.hidden).t().sigmoid(), is_real)
+    if piece.context.model.has_encoder_rtd_head:
+        probs = _list_rows(piece.judge(encoded.hidden).t().sigmoid(), is_real)
     restored = decode_masked(piece, microbatch, encoded, filled)
     piece.train(was_training)
     columns = [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,13 +19,17 @@ from torch import Tensor
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.chain import Network, Unit
 from megatron_metro.config.schema import ModelConfig
-from megatron_metro.model.heads import MlmHead, RtdHead
+from megatron_metro.config.terms import TargetKind
+from megatron_metro.losses.copying import prefers_input
+from megatron_metro.model.dense import Dense
+from megatron_metro.model.heads import LmTransform, MlmHead, RtdHead
 from megatron_metro.model.network import NetworkPlan, NetworkShare
 from megatron_metro.model.sharded_state import shard_parameters
 from megatron_metro.model.slots import gather_shortened, gather_slots
 from megatron_metro.model.specs import LayerSpec
 from megatron_metro.model.vocabulary import TokenMatrix
-from megatron_metro.parallel.vocab_ops import VocabShard
+from megatron_metro.parallel import vocab_ops
+from megatron_metro.parallel.vocab_ops import VocabShard, VocabStatistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +43,8 @@ class PieceContext:
     collection: ProcessGroupCollection
     recompute: bool  # full recomputation of every layer
     pad_id: int
+    target_kind: TargetKind  # what the LM head's targets stand for
+    logit_means_original: bool  # the RTD head's, rather than "replaced"
     eval_all_positions: bool  # validation scores the decoder at every position, as the reference reports
 
 
@@ -59,10 +66,19 @@ class PieceModules(MegatronModule):
         if "mlm_head" in kinds:
             config = context.configs["generator"]
             self.mlm_head = MlmHead(config, context.spec, model, context.shard, context.collection)
-        if "encoder_head" in kinds and model.has_rtd_head:
-            self.rtd_head = RtdHead(context.configs["encoder"], context.spec, model)
-        if "lm_head" in kinds and model.untie_embeddings_and_output_weights:
-            self.lm_head = TokenMatrix(context.configs["decoder"], context.shard, context.collection)
+        if model.has_rtd_head and ("encoder_head" if model.has_encoder_rtd_head else "lm_head") in kinds:
+            self.rtd_head = RtdHead(self.config, context.spec, model)
+        if "lm_head" in kinds:
+            self._build_lm_head()
+
+    def _build_lm_head(self) -> None:
+        context, model = self.context, self.context.model
+        if model.untie_embeddings_and_output_weights:
+            self.lm_head = TokenMatrix(self.config, context.shard, context.collection)
+        if model.lm_head == "roberta":
+            self.lm_transform = LmTransform(self.config, context.spec, context.shard)
+        if model.copy_mechanism:
+            self.copy_gate = Dense(self.config, model.hidden_size, 1, sees_shard=False)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
@@ -79,8 +95,35 @@ class PieceModules(MegatronModule):
     def _project(self, rows_RH: Tensor) -> Tensor:
         """The LM head's logits [r, v]."""
         matrix: TokenMatrix = self.lm_head if hasattr(self, "lm_head") else self.word_embeddings
-        logits: Tensor = matrix(rows_RH, project=True)
+        if hasattr(self, "lm_transform"):
+            logits: Tensor = self.lm_transform(rows_RH, matrix)
+        else:
+            scale = self.config.hidden_size**-0.5 if self.context.model.scale_lm_output else 1.0
+            logits = matrix(rows_RH * scale, project=True)
         return logits
+
+    def judge(self, hidden_SBH: Tensor) -> Tensor:
+        """Logits [s, b] of "replaced" at the positions of this rank."""
+        logits: Tensor = self.rtd_head(hidden_SBH)
+        return -logits if self.context.logit_means_original else logits
+
+    def _pick(self, rows_RH: Tensor, inputs_R: Tensor | None, logits_RV: Tensor, statistics: VocabStatistics) -> Tensor:
+        """The most likely ids [r]; `inputs_R` are those that the copy mechanism may copy, where there is one."""
+        best_R = statistics.argmax_N
+        if not hasattr(self, "copy_gate"):
+            return best_R
+        assert inputs_R is not None
+        log_probs = (
+            vocab_ops.log_probabilities(logits_RV, ids, self.context.shard, statistics) for ids in (best_R, inputs_R)
+        )
+        return torch.where(prefers_input(*log_probs, self.copy_gate(rows_RH).detach().squeeze(-1)), inputs_R, best_R)
+
+    def _predict(self, rows_RH: Tensor, inputs_R: Tensor | None) -> Tensor:
+        """The LM head's most likely ids [r]."""
+        logits = self._project(rows_RH)
+        if not hasattr(self, "copy_gate"):
+            return vocab_ops.argmax(logits, self.context.shard)
+        return self._pick(rows_RH, inputs_R, logits, vocab_ops.measure(logits, self.context.shard))
 
     def _stack_bias(self, network: Network, microbatch: Microbatch) -> Tensor | None:
         share: NetworkShare | None = getattr(self, network, None)
