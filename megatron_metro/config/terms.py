@@ -1,9 +1,9 @@
 """What the loss of an objective is made of, beside its flags: what targets stand for, divisors, weights by default."""
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Literal
 
+from megatron_metro.config.fields import Value, change_values
 from megatron_metro.config.objectives import OBJECTIVES, has_decoder
 from megatron_metro.config.schema import ObjectiveConfig, RunConfig
 
@@ -37,18 +37,13 @@ def follow_objective(config: RunConfig, preset: RunConfig, chosen: Collection[st
 
     Networks without a use are left out, and another objective brings its own loss weights.
     """
-    depths: dict[str, int] = {}
+    values: dict[str, Value] = {}
     if OBJECTIVES[config.objective.objective].generator == "none":
-        depths["generator_num_layers"] = 0
+        values["generator_num_layers"] = 0
     if not has_decoder(config):
-        depths["decoder_num_layers"] = 0
-    weights: dict[str, float] = {}
+        values["decoder_num_layers"] = 0
     if config.objective.objective != preset.objective.objective:
         defaults = ObjectiveConfig()
-        weights = {name: getattr(defaults, name) for name in ("mlm_loss_weight", "rtd_loss_weight", "lm_loss_weight")}
-        weights |= LOSS_WEIGHTS.get(config.objective.objective, {})
-    return replace(
-        config,
-        model=replace(config.model, **{name: n for name, n in depths.items() if name not in chosen}),
-        objective=replace(config.objective, **{name: w for name, w in weights.items() if name not in chosen}),
-    )
+        values |= {name: getattr(defaults, name) for name in ("mlm_loss_weight", "rtd_loss_weight", "lm_loss_weight")}
+        values |= LOSS_WEIGHTS.get(config.objective.objective, {})
+    return change_values(config, {name: value for name, value in values.items() if name not in chosen})

@@ -214,21 +214,20 @@ class ChainPiece(PieceModules):
         if self.context.model.has_decoder_rtd_head:
             verdict_loss, replaced_prob = self._detect_replaced(hidden, payload, microbatch, losses)
             payload = replace(payload, replaced_prob=replaced_prob)
-        rows, inputs = self._rows_at(hidden, microbatch.target_slots, running.is_short), None
-        logits, targets = self._project(rows), microbatch.target_ids.flatten()
+        rows = self._rows_at(hidden, microbatch.target_slots, running.is_short)
+        logits, gates, targets = self._project(rows), self._gate(rows), microbatch.target_ids.flatten()
         statistics = vocab_ops.measure(logits, shard, targets_N=targets)
-        nll = vocab_ops.cross_entropy(logits, targets, shard, statistics)
-        if payload.sampled_ids is not None and self.context.target_kind != "others":
-            inputs = self._find_inputs(payload, microbatch)
-            assert inputs is not None
-            if self.context.model.copy_mechanism:
-                nll = mix_losses(nll, self.copy_gate(rows).squeeze(-1), inputs == targets)
-            if self.context.eval_all_positions and not self.training:
-                self._score_all_positions(hidden, payload.sampled_ids, microbatch)
-            else:
-                is_right, is_replaced = self._pick(rows, inputs, logits, statistics) == targets, inputs != targets
-                shape = microbatch.target_valid.shape
-                losses.record_lm(is_right.view(shape), is_replaced.view(shape), microbatch.target_valid)
+        nll, picked = vocab_ops.cross_entropy(logits, targets, shard, statistics), statistics.argmax_N
+        inputs = self._find_inputs(payload, microbatch)
+        if inputs is not None and gates is not None:
+            nll = mix_losses(nll, gates, inputs == targets)
+            picked = self._pick(logits, statistics, inputs, gates)
+        if inputs is not None and self.context.eval_all_positions and not self.training:
+            self._score_all_positions(hidden, payload, microbatch, losses)
+        elif inputs is not None:
+            shape = microbatch.target_valid.shape
+            is_right, is_replaced = (picked == targets).view(shape), (inputs != targets).view(shape)
+            losses.record_lm(is_right, is_replaced, microbatch.target_valid)
         nll = nll.view_as(microbatch.target_ids)
         return losses.add_lm(nll, microbatch.target_valid, payload.replaced_prob) + verdict_loss
 
@@ -289,15 +288,17 @@ class ChainPiece(PieceModules):
         is_scored = self.context.eval_all_positions and not self.training
         return is_scored or self.context.model.has_decoder_rtd_head
 
-    def _score_all_positions(self, hidden: Tensor, sampled_ids: Tensor, microbatch: Microbatch) -> None:
+    def _score_all_positions(
+        self, hidden: Tensor, payload: BoundaryPayload, microbatch: Microbatch, losses: StepLosses
+    ) -> None:
         """The decoder's hits at every real position (reference section 4), as many at a time as the loss has slots.
 
         Validation then holds no more logits at once than training does. METRO's decoder writes the original text, token
         i at position i.
         """
-        assert self.losses is not None and microbatch.masked_slots is not None
+        assert payload.sampled_ids is not None and microbatch.masked_slots is not None
         originals, shape = microbatch.encoder_tokens, microbatch.shape
-        corrupted = fill_slots(originals, microbatch.masked_slots, sampled_ids)
+        corrupted = fill_slots(originals, microbatch.masked_slots, payload.sampled_ids)
         every = torch.arange(shape.decoder_length, device=originals.device).expand_as(originals)
         chunks = every.split(shape.num_target_slots, dim=1)
         picked = [
@@ -305,7 +306,7 @@ class ChainPiece(PieceModules):
             for slots in chunks
         ]
         predicted = torch.cat([ids.view_as(slots) for ids, slots in zip(picked, chunks)], dim=1)
-        self.losses.record_lm(predicted == originals, corrupted != originals, mark_real_positions(microbatch))
+        losses.record_lm(predicted == originals, corrupted != originals, mark_real_positions(microbatch))
 
     def _start(self, network: Network, payload: BoundaryPayload, microbatch: Microbatch) -> _Running:
         return _Running(payload, network, self._stack_bias(network, microbatch))

@@ -107,23 +107,24 @@ class PieceModules(MegatronModule):
         logits: Tensor = self.rtd_head(hidden_SBH)
         return -logits if self.context.logit_means_original else logits
 
-    def _pick(self, rows_RH: Tensor, inputs_R: Tensor | None, logits_RV: Tensor, statistics: VocabStatistics) -> Tensor:
-        """The most likely ids [r]; `inputs_R` are those that the copy mechanism may copy, where there is one."""
-        best_R = statistics.argmax_N
-        if not hasattr(self, "copy_gate"):
-            return best_R
-        assert inputs_R is not None
-        log_probs = (
-            vocab_ops.log_probabilities(logits_RV, ids, self.context.shard, statistics) for ids in (best_R, inputs_R)
-        )
-        return torch.where(prefers_input(*log_probs, self.copy_gate(rows_RH).detach().squeeze(-1)), inputs_R, best_R)
+    def _gate(self, rows_RH: Tensor) -> Tensor | None:
+        """The copy mechanism's logits [r], where there is one."""
+        gates: Tensor | None = self.copy_gate(rows_RH).squeeze(-1) if hasattr(self, "copy_gate") else None
+        return gates
 
     def _predict(self, rows_RH: Tensor, inputs_R: Tensor | None) -> Tensor:
-        """The LM head's most likely ids [r]."""
-        logits = self._project(rows_RH)
-        if not hasattr(self, "copy_gate"):
-            return vocab_ops.argmax(logits, self.context.shard)
-        return self._pick(rows_RH, inputs_R, logits, vocab_ops.measure(logits, self.context.shard))
+        """The LM head's most likely ids [r]; `inputs_R` are those that the copy mechanism may copy."""
+        logits, gates, shard = self._project(rows_RH), self._gate(rows_RH), self.context.shard
+        if gates is None or inputs_R is None:
+            return vocab_ops.argmax(logits, shard)
+        return self._pick(logits, vocab_ops.measure(logits, shard), inputs_R, gates)
+
+    def _pick(self, logits_RV: Tensor, statistics: VocabStatistics, inputs_R: Tensor, gates_R: Tensor) -> Tensor:
+        """The most likely ids [r] under the copy mechanism."""
+        best_R, shard = statistics.argmax_N, self.context.shard
+        best_log_prob_R = vocab_ops.log_probabilities(logits_RV, best_R, shard, statistics)
+        input_log_prob_R = vocab_ops.log_probabilities(logits_RV, inputs_R, shard, statistics)
+        return torch.where(prefers_input(best_log_prob_R, input_log_prob_R, gates_R.detach()), inputs_R, best_R)
 
     def _stack_bias(self, network: Network, microbatch: Microbatch) -> Tensor | None:
         share: NetworkShare | None = getattr(self, network, None)

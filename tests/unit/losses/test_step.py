@@ -204,7 +204,7 @@ def test_spactor_sums_over_tokens_and_divides_by_sequences():
 
 
 def test_an_encoder_without_an_lm_head_writes_nothing():
-    losses, case = make_losses(ObjectiveConfig(objective="electra"), has_lm_head=False), make_case()
+    losses, case = make_losses(ObjectiveConfig(objective="electra"), has_lm_head=False, targets=0), make_case()
     losses.add_mlm(case.mlm_nll, case.mlm_right, case.filled_wrong, case.valid)
     assert losses.add_rtd(*case.rtd).item() > 0
     log = losses.summarise()
