@@ -49,6 +49,12 @@ class Microbatch:
             num_target_slots=self.target_slots.shape[1],
         )
 
+    def without_masks(self) -> "Microbatch":
+        """The same microbatch, of the same shape, in which the generator has nothing to fill."""
+        assert self.masked_slots is not None and self.masked_valid is not None
+        unused = torch.full_like(self.masked_slots, self.encoder_tokens.shape[1])
+        return replace(self, masked_slots=unused, masked_valid=torch.zeros_like(self.masked_valid))
+
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch on another device."""
         present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

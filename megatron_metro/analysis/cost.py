@@ -60,8 +60,8 @@ def unit_costs(model: ModelConfig, lengths: Lengths, message: MessageFormat | No
     A last layer in one piece with its head runs at the head's slots only, if sequence parallelism can shard these.
     """
     message = message if message is not None else MessageFormat()
-    costs = []
-    for unit in build_chain(model):
+    costs, chain = [], build_chain(model)
+    for unit in chain:
         whole = forward_flops(unit, model, lengths, every_position=True)
         shortened = forward_flops(unit, model, lengths)
         num_slots = lengths.masked if unit.network == "generator" else lengths.targets
@@ -74,7 +74,7 @@ def unit_costs(model: ModelConfig, lengths: Lengths, message: MessageFormat | No
                 forward_flops=flops,
                 extra_flops_if_cut=whole - flops,
                 parameters=count_parameters([unit], model),
-                bytes_sent=0 if unit.kind == "lm_head" else message_bytes(unit, model, lengths, message),
+                bytes_sent=0 if unit == chain[-1] else message_bytes(unit, model, lengths, message),
                 work=passes * flops + FLOPS_PER_BYTE[message.element_size] * moved,
                 extra_work_if_cut=passes * (whole - flops),
             )
@@ -128,13 +128,15 @@ def forward_flops(unit: Unit, model: ModelConfig, lengths: Lengths, *, every_pos
         case "encoder_layer":
             return _encoder_layer_flops(model, network_sizes(model, "encoder"), s, s)
         case "encoder_head":
-            return 2.0 * s * (_rtd_dense(model) + rtd_head_width(model)) if model.has_rtd_head else 0.0
+            return _verdict_flops(model, s) if model.has_encoder_rtd_head else 0.0
         case "decoder_layer":
-            is_short = unit.index == model.decoder_num_layers - 1 and not every_position
+            is_last = unit.index == model.decoder_num_layers - 1
+            is_short = is_last and not every_position and not model.has_decoder_rtd_head
             t = lengths.decoder
             return _decoder_layer_flops(model, lengths, min(lengths.targets, t) if is_short else t)
         case "lm_head":
-            return 2 * lengths.targets * h * vocabulary(model)
+            verdicts = _verdict_flops(model, lengths.decoder) if model.has_decoder_rtd_head else 0.0
+            return 2 * lengths.targets * (h * vocabulary(model) + _lm_dense(model)) + verdicts
         case _:
             return 0.0
 
@@ -152,11 +154,12 @@ def _numbers_moved(unit: Unit, model: ModelConfig, lengths: Lengths, micro_batch
         case "mlm_head":  # projects to the vocabulary, and looks up the encoder's input
             return mlm_gradient + gradient + logits * lengths.masked + rows * lengths.encoder
         case "encoder_head":
-            return rows * lengths.encoder if model.has_rtd_head else 0.0
+            return rows * lengths.encoder if model.has_encoder_rtd_head else 0.0
         case "decoder_embedding":
             return gradient + rows * lengths.decoder
         case "lm_head":
-            return gradient + logits * lengths.targets
+            verdicts = rows * lengths.decoder if model.has_decoder_rtd_head else 0.0
+            return gradient + logits * lengths.targets + verdicts
         case _:
             return 0.0
 
@@ -214,12 +217,12 @@ def unit_weights(unit: Unit, model: ModelConfig) -> dict[str, int]:
             own = _mlm_head(model) + _final_norm(model, "generator")
             return words | _embedding_weights("encoder", model) | {str(unit): own}
         case "encoder_head":
-            return {str(unit): _final_norm(model, "encoder") + _rtd_head(model)}
+            rtd_head = _rtd_head(model) if model.has_encoder_rtd_head else 0
+            return {str(unit): _final_norm(model, "encoder") + rtd_head}
         case "lm_head":
-            final_norm = {str(unit): _final_norm(model, "decoder")}
             if model.untie_embeddings_and_output_weights:
-                return {"lm_head.weight": vocabulary(model) * model.hidden_size} | final_norm
-            return words | final_norm
+                words = {"lm_head.weight": vocabulary(model) * model.hidden_size}
+            return words | {str(unit): _lm_head(model)}
         case _:
             return _layer_weights(unit, model)
 
@@ -281,9 +284,26 @@ def _rtd_dense(model: ModelConfig) -> int:
     return 0 if model.rtd_head == "simple" else model.hidden_size * rtd_head_width(model)
 
 
+def _lm_dense(model: ModelConfig) -> int:
+    """Weights of the LM head beside its vocabulary matrix, without biases."""
+    dense = model.hidden_size**2 if model.lm_head == "roberta" else 0
+    return dense + (model.hidden_size if model.copy_mechanism else 0)
+
+
+def _lm_head(model: ModelConfig) -> int:
+    """What the LM head's unit holds beside the vocabulary matrix."""
+    biases = int(model.copy_mechanism)
+    if model.lm_head == "roberta":
+        biases += model.hidden_size + _norm(model, model.hidden_size) + vocabulary(model)
+    final_norm = _final_norm(model, "decoder") if model.has_decoder else 0
+    return _lm_dense(model) + biases + final_norm + (_rtd_head(model) if model.has_decoder_rtd_head else 0)
+
+
+def _verdict_flops(model: ModelConfig, num_positions: int) -> float:
+    return 2.0 * num_positions * (_rtd_dense(model) + rtd_head_width(model))
+
+
 def _rtd_head(model: ModelConfig) -> int:
-    if not model.has_rtd_head:
-        return 0
     width = rtd_head_width(model)
     bias = 0 if model.rtd_head == "simple" else width
     norm = _norm(model, width) if model.rtd_head == "roberta" else 0

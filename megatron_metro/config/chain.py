@@ -12,10 +12,10 @@ UnitKind = Literal[
     "mlm_head",  # MLM loss, sampling and the encoder's embedding of what was sampled
     "encoder_embedding",  # only without a generator
     "encoder_layer",
-    "encoder_head",  # final norm (T5) and replaced-token detection (METRO)
+    "encoder_head",  # final norm (T5) and replaced-token detection (METRO); ends ELECTRA
     "decoder_embedding",
     "decoder_layer",
-    "lm_head",  # final norm (T5) and the LM loss
+    "lm_head",  # final norm (T5) and the LM loss; replaced-token detection where it reads the decoder
 ]
 
 
@@ -40,7 +40,10 @@ class Unit:
 
 
 def build_chain(model: ModelConfig) -> tuple[Unit, ...]:
-    """All units of the model in the order a microbatch passes them (design: one chain, one payload, three losses)."""
+    """All units of the model in the order a microbatch passes them (design: one chain, one payload, three losses).
+
+    The last one is a head, whose loss ends the chain: the LM head or, in an encoder alone, the RTD head.
+    """
     units: list[Unit] = []
     if model.has_generator:
         units.append(Unit("generator_embedding"))
@@ -49,9 +52,11 @@ def build_chain(model: ModelConfig) -> tuple[Unit, ...]:
     else:
         units.append(Unit("encoder_embedding"))
     units += [Unit("encoder_layer", i) for i in range(model.encoder_num_layers)]
-    if model.has_rtd_head or model.norm_placement == "pre":
+    if model.has_encoder_rtd_head or model.norm_placement == "pre":
         units.append(Unit("encoder_head"))
-    units.append(Unit("decoder_embedding"))
-    units += [Unit("decoder_layer", i) for i in range(model.decoder_num_layers)]
-    units.append(Unit("lm_head"))
+    if model.has_decoder:
+        units.append(Unit("decoder_embedding"))
+        units += [Unit("decoder_layer", i) for i in range(model.decoder_num_layers)]
+    if model.has_lm_head:
+        units.append(Unit("lm_head"))
     return tuple(units)

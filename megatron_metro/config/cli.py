@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ import yaml
 from megatron_metro.config.fields import Setting, change_values, list_settings, read_value
 from megatron_metro.config.files import write_atomically
 from megatron_metro.config.flags import SHORTHANDS, SPELLINGS, judge_foreign_flag, list_foreign_flags
-from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.parser import Parser, refuse_unknown
 from megatron_metro.config.presets import PRESETS
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.source import Source, read_file
+from megatron_metro.config.terms import follow_objective
 from megatron_metro.config.validation import replica_size, resolve, validate
 
 DESCRIPTION = """\
@@ -55,15 +55,12 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def _merge(preset: str | None, *sources: Source) -> RunConfig:
-    """A preset or the defaults, changed by each source in turn; without a generator where the objective has none."""
-    config = RunConfig() if preset is None else PRESETS[preset]()
+    """A preset or the defaults, changed by each source in turn; what nobody chose follows the objective."""
+    start = config = RunConfig() if preset is None else PRESETS[preset]()
     for source in sources:
         config = change_values(config, source.list_values())
     chosen = {name for source in sources for name in source.list_values()}
-    if OBJECTIVES[config.objective.objective].generator == "none" and "generator_num_layers" not in chosen:
-        # A preset's generator belongs to its objective; one that is asked for is refused later.
-        config = replace(config, model=replace(config.model, generator_num_layers=0))
-    return config
+    return follow_objective(config, start, chosen)
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

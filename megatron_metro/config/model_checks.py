@@ -3,9 +3,10 @@
 from megatron_metro.config.chain import Network
 from megatron_metro.config.legal import nearest_divisors, nearest_multiples, require
 from megatron_metro.config.lengths import static_lengths
-from megatron_metro.config.objectives import check_data_of_objective
 from megatron_metro.config.network_sizes import network_sizes
+from megatron_metro.config.objectives import check_data_of_objective, has_decoder
 from megatron_metro.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_metro.config.terms import target_kind
 
 VOCAB_CHUNK = 128  # columns of the fixed grid on which the sampler sums probabilities
 
@@ -151,3 +152,56 @@ def check_objective(config: RunConfig) -> None:
         f"--lm-loss-weight 0 leaves --objective {objective.objective} without a generator nothing to train; give 1.0",
     )
     check_data_of_objective(config)
+
+
+def check_heads(config: RunConfig) -> None:
+    """Heads find what they read: the chain ends with one, and each has its network, its labels and its tokens."""
+    model, objective = config.model, config.objective
+    name, kind = f"--objective {objective.objective}", target_kind(objective)
+    require(
+        model.has_decoder == has_decoder(config),
+        f"{name} {'needs a' if has_decoder(config) else 'has no'} decoder, found --decoder-num-layers "
+        f"{model.decoder_num_layers}; give {'at least 1' if has_decoder(config) else '0'}",
+    )
+    require(
+        model.has_lm_head or model.has_encoder_rtd_head,
+        f"{name} trains nothing of the main model, found --rtd-head {model.rtd_head} on the {model.rtd_position} and "
+        "no --encoder-lm-head; give one of the heads",
+    )
+    require(
+        not (model.encoder_lm_head and model.has_decoder),
+        "--encoder-lm-head is for an encoder alone, found --decoder-num-layers "
+        f"{model.decoder_num_layers}; drop it, or give --objective electra",
+    )
+    for flag, is_given in (
+        ("--lm-head roberta", model.lm_head == "roberta"),
+        ("--copy-mechanism", model.copy_mechanism),
+    ):
+        require(
+            not is_given or model.has_lm_head,
+            f"{flag} changes the LM head, which {name} has not; give --encoder-lm-head or drop {flag}",
+        )
+    require(
+        not (model.lm_head == "roberta" and model.scale_lm_output),
+        "--lm-head roberta normalises what --scale-lm-output scales; drop one of them",
+    )
+    require(
+        model.rtd_position == "encoder" or (model.has_decoder and kind != "others" and not _writes_masked_only(config)),
+        f"--rtd-position decoder judges a decoder that writes the whole text, found {name} and --lm-targets "
+        f"{objective.lm_targets}; give --rtd-position encoder",
+    )
+    require(
+        not model.copy_mechanism or (model.has_generator and kind != "others"),
+        f"--copy-mechanism copies the token that stands in a target's place, found {name} and --generator-num-layers "
+        f"{model.generator_num_layers}; drop it",
+    )
+    require(
+        not (objective.eval_all_positions and model.has_generator)
+        or (model.has_decoder and kind == "fills" and not _writes_masked_only(config)),
+        f"--eval-all-positions scores a decoder that writes the whole text, found {name} and --lm-targets "
+        f"{objective.lm_targets}; drop it",
+    )
+
+
+def _writes_masked_only(config: RunConfig) -> bool:
+    return config.objective.lm_targets == "masked-only"

@@ -61,7 +61,8 @@ def payload_rows(
     in_decoder = unit.network == "decoder"
     encoder_rows, decoder_rows = encoder_length // sequence_shards, decoder_length // sequence_shards
     num_id_digits = _count_id_digits(model) if model.has_generator and unit.network != "generator" else 0
-    num_weight_digits = NUM_WEIGHT_DIGITS if model.has_rtd_head and (in_decoder or unit.kind == "encoder_head") else 0
+    follows_verdicts = model.has_encoder_rtd_head and (in_decoder or unit.kind == "encoder_head")
+    num_weight_digits = NUM_WEIGHT_DIGITS if follows_verdicts else 0
     num_digits = num_masked_slots * (num_id_digits + num_weight_digits)
     width = network_sizes(model, unit.network).hidden_size
     return PayloadRows(

@@ -23,7 +23,9 @@ class ModelConfig:
     """Architecture of the generator and the main model (METRO: reference implementation; T5: v1.0 and v1.1)."""
 
     encoder_num_layers: int = option(12, "encoder depth; --num-layers sets both depths", minimum=1, maximum=10_000)
-    decoder_num_layers: int = option(12, "decoder depth", minimum=1, maximum=10_000)
+    decoder_num_layers: int = option(
+        12, "decoder depth; 0 builds an encoder alone (electra)", minimum=0, maximum=10_000
+    )
     generator_num_layers: int = option(
         4,
         "depth of the auxiliary generator; 0 builds the main model alone, which then reads the masked text itself",
@@ -114,6 +116,19 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = option(
         128, "pad the token matrix so that each rank holds a multiple of this", minimum=128
     )
+    rtd_position: Literal["encoder", "decoder"] = option(
+        "encoder",
+        "whose output the RTD head reads: the encoder's, or the decoder's at every position (METRO's ablation)",
+    )
+    lm_head: Literal["linear", "roberta"] = option(
+        "linear", "LM head: the vocabulary matrix alone; dense, ReLU and norm before it and a bias after it"
+    )
+    copy_mechanism: bool = option(
+        False, "let the LM head copy the corrupted input's token, with a probability of its own (COCO-LM)"
+    )
+    encoder_lm_head: bool = option(
+        False, "give an encoder without a decoder an LM head, which corrects what the generator replaced (COCO-LM)"
+    )
 
     @property
     def has_generator(self) -> bool:
@@ -123,6 +138,23 @@ class ModelConfig:
     def has_rtd_head(self) -> bool:
         """Replaced tokens exist only where a generator fills them in."""
         return self.has_generator and self.rtd_head != "none"
+
+    @property
+    def has_encoder_rtd_head(self) -> bool:
+        return self.has_rtd_head and self.rtd_position == "encoder"
+
+    @property
+    def has_decoder_rtd_head(self) -> bool:
+        return self.has_rtd_head and self.rtd_position == "decoder"
+
+    @property
+    def has_decoder(self) -> bool:
+        return self.decoder_num_layers > 0
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether anything is written: by the decoder, or by an encoder alone."""
+        return self.has_decoder or self.encoder_lm_head
 
     @property
     def head_size(self) -> int:
@@ -188,6 +220,10 @@ class ObjectiveConfig:
     lm_loss_weight: float = option(1.0, "weight of the decoder's corrective LM loss", minimum=0.0)
     weighted_lm_loss: bool = option(False, "multiply each token's LM loss by the predicted replaced-probability")
     eval_all_positions: bool = option(False, "unreplaced accuracy over all positions in validation, as the reference")
+    spactor_normalisation: Literal["sum", "mean"] = option(
+        "sum",
+        "spactor's losses: sums over tokens per sequence, as in the paper, or means over tokens, as in all others",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from megatron_metro.config.fields import check_values
 from megatron_metro.config.legal import nearest_multiples, require
 from megatron_metro.config.model_checks import (
     check_architecture,
+    check_heads,
     check_lengths,
     check_objective,
     check_widths,
@@ -48,6 +49,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     check_architecture(config.model)
     check_lengths(config)
     check_objective(config)
+    check_heads(config)
     _check_pipeline(config, world_size)
     _check_overlap(config.parallel)
     _check_precision(config)

@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.schema import ObjectiveConfig
 from megatron_metro.losses.step import StepLosses, count_tokens
-from megatron_metro.model.piece import ChainPiece, fill_slots, mark_real_positions
+from megatron_metro.model.piece import ChainPiece
+from megatron_metro.model.slots import fill_slots, mark_real_positions
 from megatron_metro.parallel.boundary import BoundaryPayload
 
 
@@ -57,8 +58,8 @@ def restore_blocks(piece: ChainPiece, microbatch: Microbatch) -> list[Restoratio
     filled = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, encoded.sampled_ids)
     probs: list[tuple] = [()] * microbatch.shape.micro_batch_size
     is_real = mark_real_positions(microbatch)
-    if piece.context.model.has_rtd_head:
-        probs = _list_rows(piece.rtd_head(encoded.hidden).t().sigmoid(), is_real)
+    if piece.context.model.has_encoder_rtd_head:
+        probs = _list_rows(piece.judge(encoded.hidden).t().sigmoid(), is_real)
     restored = decode_masked(piece, microbatch, encoded, filled)
     piece.train(was_training)
     columns = [

@@ -9,10 +9,8 @@ from torch.nn import functional
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RtdHits:
-    """Counts of real tokens and of those whose verdict is right; int64 scalars."""
+    """Counts of real tokens whose verdict is right; int64 scalars."""
 
-    num_replaced: Tensor
-    num_unreplaced: Tensor
     replaced_correct: Tensor
     unreplaced_correct: Tensor
 
@@ -29,8 +27,6 @@ def count_rtd_hits(logits: Tensor, is_replaced: Tensor, is_real: Tensor) -> RtdH
     called_replaced = logits >= 0
     replaced, unreplaced = is_replaced & is_real, ~is_replaced & is_real
     return RtdHits(
-        num_replaced=replaced.sum(),
-        num_unreplaced=unreplaced.sum(),
         replaced_correct=(replaced & called_replaced).sum(),
         unreplaced_correct=(unreplaced & ~called_replaced).sum(),
     )

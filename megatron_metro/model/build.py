@@ -6,8 +6,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import nn
 
 from megatron_metro.config.schema import RunConfig
+from megatron_metro.config.terms import logit_means_original, target_kind
 from megatron_metro.model.initialisation import initialise
-from megatron_metro.model.piece import ChainPiece, PieceContext
+from megatron_metro.model.piece import ChainPiece
+from megatron_metro.model.piece_modules import PieceContext
 from megatron_metro.model.specs import local_spec
 from megatron_metro.model.transformer_config import build_transformer_configs
 from megatron_metro.parallel.groups import ParallelGroups
@@ -41,6 +43,8 @@ def build_pieces(
         collection=groups.collection,
         recompute=run.parallel.recompute_granularity == "full",
         pad_id=pad_id,
+        target_kind=target_kind(run.objective),
+        logit_means_original=logit_means_original(run.objective),
         eval_all_positions=run.objective.eval_all_positions,
     )
     pieces = [_build_piece(context, layout, groups.pp_rank, chunk) for chunk in range(layout.vpp_size)]

@@ -1,4 +1,4 @@
-"""Heads: masked LM of the generator and replaced-token detection of the encoder.
+"""Heads: masked LM of the generator, replaced-token detection, and what may stand around the LM head's matrix.
 
 Shape letters: r rows (a slot of a sequence each), h width, v the rank's columns of the vocabulary, s positions (the
 rank's shard under sequence parallelism), b sequences.
@@ -62,8 +62,28 @@ class MlmHead(MegatronModule):
         return logits + self.output_bias
 
 
+class LmTransform(MegatronModule):
+    """What makes a vocabulary matrix a RoBERTa head: dense, ReLU and norm before it, a bias after it.
+
+    Written as the generator's head is (reference section 1.7), for the METRO paper's ablation of its LM head.
+    """
+
+    def __init__(self, config: TransformerConfig, spec: LayerSpec, shard: VocabShard) -> None:
+        super().__init__(config)
+        self.dense = Dense(config, config.hidden_size, config.hidden_size, sees_shard=False)
+        self.norm = spec.norm(config, config.hidden_size, sees_shard=False)
+        device = torch.cuda.current_device()
+        self.output_bias = Parameter(torch.empty(shard.num_columns, device=device, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.output_bias, True, 0, 1)
+
+    def forward(self, rows_RH: Tensor, matrix: TokenMatrix) -> Tensor:
+        """[r, h] hidden states at target slots to [r, v] logits."""
+        logits: Tensor = matrix(self.norm(functional.relu(self.dense(rows_RH))), project=True)
+        return logits + self.output_bias
+
+
 class RtdHead(MegatronModule):
-    """One logit per encoder position: is this token a replacement?
+    """One logit per position of the encoder or decoder: is this token a replacement?
 
     METRO's heads are in reference section 1.7; "gelu" is SPACTOR's, a dense layer of its own width and GELU.
     """

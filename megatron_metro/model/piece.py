@@ -6,49 +6,24 @@ g masked slots, m target slots.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.enums import ModelType
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_metro.batch import Microbatch
-from megatron_metro.config.chain import Network, Unit, UnitKind
+from megatron_metro.config.chain import Network, Unit, UnitKind, build_chain
 from megatron_metro.config.payload import PayloadRows, payload_rows
-from megatron_metro.config.schema import ModelConfig
+from megatron_metro.losses.copying import mix_losses
 from megatron_metro.losses.step import StepLosses
-from megatron_metro.model.heads import MlmHead, RtdHead
 from megatron_metro.model.layer import AttentionInputs
-from megatron_metro.model.network import NetworkPlan, NetworkShare
-from megatron_metro.model.sharded_state import shard_parameters
-from megatron_metro.model.slots import gather_shortened, gather_slots
-from megatron_metro.model.specs import LayerSpec
-from megatron_metro.model.vocabulary import TokenMatrix
+from megatron_metro.model.network import NetworkShare
+from megatron_metro.model.piece_modules import PieceContext, PieceModules
+from megatron_metro.model.slots import fill_slots, mark_real_positions
 from megatron_metro.parallel import vocab_ops
 from megatron_metro.parallel.boundary import BoundaryPayload, pack, unpack
-from megatron_metro.parallel.vocab_ops import VocabShard
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PieceContext:
-    """What all pieces of a model have in common."""
-
-    model: ModelConfig
-    configs: dict[Network, TransformerConfig]
-    spec: LayerSpec
-    shard: VocabShard
-    collection: ProcessGroupCollection
-    recompute: bool  # full recomputation of every layer
-    pad_id: int
-    eval_all_positions: bool  # validation scores the decoder at every position, as the reference reports
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +36,7 @@ class _Running:
     is_short: bool = False  # hidden states stand at the slots of the head that follows, not at all positions
 
 
-class ChainPiece(MegatronModule):
+class ChainPiece(PieceModules):
     """Generator, encoder and decoder as far as this piece holds them, with the heads in between."""
 
     def __init__(
@@ -71,35 +46,20 @@ class ChainPiece(MegatronModule):
         previous: Unit | None,
         vp_stage: int | None,
     ) -> None:
-        super().__init__(context.configs["encoder"])
-        self.context, self.units, self.previous, self.vp_stage = context, units, previous, vp_stage
-        self.tp_group = context.collection.tp
+        super().__init__(context, units)
+        self.previous, self.vp_stage = previous, vp_stage
         self.model_type = ModelType.encoder_or_decoder  # asked for by megatron-core's schedules
         self.losses: StepLosses | None = None
         self._message: Tensor | None = None
         self._following = dict(pairwise(units))
-        kinds = {unit.kind for unit in units}
-        model = context.model
-        readers = {"generator_embedding", "mlm_head", "encoder_embedding", "decoder_embedding"}
-        if kinds & readers or ("lm_head" in kinds and not model.untie_embeddings_and_output_weights):
-            self.word_embeddings = TokenMatrix(self.config, context.shard, context.collection)
-        for network in context.configs:
-            if share := self._build_share(network):
-                self.add_module(network, share)
-        if "mlm_head" in kinds:
-            config = context.configs["generator"]
-            self.mlm_head = MlmHead(config, context.spec, model, context.shard, context.collection)
-        if "encoder_head" in kinds and model.has_rtd_head:
-            self.rtd_head = RtdHead(context.configs["encoder"], context.spec, model)
-        if "lm_head" in kinds and model.untie_embeddings_and_output_weights:
-            self.lm_head = TokenMatrix(context.configs["decoder"], context.shard, context.collection)
+        self._ends_chain = units[-1] == build_chain(context.model)[-1]
         self._run: dict[UnitKind, Callable[[Unit, _Running, Microbatch], _Running]] = {
             "generator_embedding": self._embed_generator,
             "generator_layer": self._run_layer,
             "mlm_head": self._fill_and_embed,
             "encoder_embedding": self._embed_encoder,
             "encoder_layer": self._run_layer,
-            "encoder_head": self._detect_replaced,
+            "encoder_head": self._end_encoder,
             "decoder_embedding": self._embed_decoder,
             "decoder_layer": self._run_layer,
         }
@@ -108,20 +68,14 @@ class ChainPiece(MegatronModule):
         """Take the previous piece's message; called by megatron-core's schedules before each forward."""
         (self._message,) = input_tensor
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-        """Every weight under its name in the whole model, which no layout changes."""
-        return shard_parameters(self, prefix, self.context.model, self.context.shard, self.context.collection)
-
     def forward(self, microbatch: Microbatch) -> Tensor:
-        """The message [rows, b, h] for the next piece, or the summed LM loss at the end of the chain."""
+        """The message [rows, b, h] for the next piece or, at the end of the chain, the last head's summed loss."""
         assert self.losses is not None, "begin_step comes before the first forward pass"
-        ends_chain = self.units[-1].kind == "lm_head"
-        units = self.units[:-1] if ends_chain else self.units
+        units = self.units[:-1] if self._ends_chain else self.units
         running = self._pass(units, self._receive(microbatch), microbatch)
-        if ends_chain:
-            return self._write(running, microbatch, self.losses)
+        if self._ends_chain:
+            end = self._write if self.units[-1].kind == "lm_head" else self._judge_encoder
+            return end(running, microbatch, self.losses)
         return pack(running.payload, self._rows_after(self.units[-1], microbatch))
 
     def encode(self, microbatch: Microbatch) -> BoundaryPayload:
@@ -133,8 +87,9 @@ class ChainPiece(MegatronModule):
         """The decoder's greedy ids [b, m] at the target slots, from what `encode` gave and the decoder tokens."""
         units = [unit for unit in self.units if unit.network == "decoder" and unit.kind != "lm_head"]
         running = self._pass(units, _Running(encoded, "encoder", None), microbatch)
-        rows = self._rows_at(self._finish_decoder(running), microbatch.target_slots, running.is_short)
-        return vocab_ops.argmax(self._project(rows), self.context.shard).view_as(microbatch.target_slots)
+        rows = self._rows_at(self._finish_writing(running), microbatch.target_slots, running.is_short)
+        predicted = self._predict(rows, self._find_inputs(encoded, microbatch))
+        return predicted.view_as(microbatch.target_slots)
 
     def _pass(self, units: Sequence[Unit], running: _Running, microbatch: Microbatch) -> _Running:
         for unit in units:
@@ -210,7 +165,8 @@ class ChainPiece(MegatronModule):
         fills = vocab_ops.sample(logits, microbatch.uniforms.flatten(), shard, excluded, statistics)
         sampled_ids = torch.where(microbatch.masked_valid, fills.view_as(microbatch.masked_ids), 0)
         is_right = statistics.argmax_N.view_as(microbatch.masked_ids) == microbatch.masked_ids
-        loss = self.losses.add_mlm(nll, is_right, microbatch.masked_valid)
+        is_replaced = sampled_ids != microbatch.masked_ids
+        loss = self.losses.add_mlm(nll, is_right, is_replaced, microbatch.masked_valid)
         corrupted = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, sampled_ids)
         hidden = self._embed(
             self.encoder, corrupted, microbatch.encoder_padding, self.context.configs["encoder"].hidden_dropout
@@ -227,28 +183,21 @@ class ChainPiece(MegatronModule):
         )
         return self._start("encoder", replace(running.payload, hidden=hidden), microbatch)
 
-    def _detect_replaced(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
-        """Final norm of a Pre-LN encoder, and the RTD loss on every real position."""
+    def _end_encoder(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
+        """Final norm of a Pre-LN encoder, and the RTD loss where it is the encoder's."""
         assert self.losses is not None
         hidden, payload = self.encoder.finish(running.payload.hidden), running.payload
-        if self.context.model.has_rtd_head:
-            assert payload.sampled_ids is not None and microbatch.masked_slots is not None
-            config = self.context.configs["encoder"]
-            logits = self.rtd_head(hidden)
-            if config.sequence_parallel:  # every rank computes the whole loss; backward keeps its own positions
-                logits = gather_from_sequence_parallel_region(
-                    logits, tensor_parallel_output_grad=False, group=self.tp_group
-                )
-            corrupted = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, payload.sampled_ids)
-            labels = (corrupted != microbatch.encoder_tokens).t()
-            loss = self.losses.add_rtd(logits, labels, mark_real_positions(microbatch).t())
-            slots = microbatch.masked_slots.clamp(max=logits.shape[0] - 1)
-            hidden = self.losses.inject(hidden, loss)
-            # Widened first: a probability rounded to BF16 would weigh losses in steps of 1/256.
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            weights = logits.detach().t().gather(1, slots).to(wide).sigmoid()
-            payload = replace(payload, replaced_prob=weights.float())
+        if self.context.model.has_encoder_rtd_head:
+            loss, replaced_prob = self._detect_replaced(hidden, payload, microbatch, self.losses)
+            hidden, payload = self.losses.inject(hidden, loss), replace(payload, replaced_prob=replaced_prob)
         return replace(running, payload=replace(payload, hidden=hidden))
+
+    def _judge_encoder(self, running: _Running, microbatch: Microbatch, losses: StepLosses) -> Tensor:
+        """The RTD loss that ends the chain of an encoder alone (ELECTRA)."""
+        loss, _ = self._detect_replaced(
+            self.encoder.finish(running.payload.hidden), running.payload, microbatch, losses
+        )
+        return loss
 
     def _embed_decoder(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
         hidden = self._embed(
@@ -258,42 +207,64 @@ class ChainPiece(MegatronModule):
         return self._start("decoder", payload, microbatch)
 
     def _write(self, running: _Running, microbatch: Microbatch, losses: StepLosses) -> Tensor:
-        """The corrective LM loss at the target slots, summed over the microbatch."""
+        """The corrective LM loss at the target slots, summed over the microbatch; with RTD's where it reads these."""
         shard, payload = self.context.shard, running.payload
-        hidden = self._finish_decoder(running)
-        logits = self._project(self._rows_at(hidden, microbatch.target_slots, running.is_short))
-        targets = microbatch.target_ids.flatten()
+        hidden = self._finish_writing(running)
+        verdict_loss: Tensor | float = 0.0
+        if self.context.model.has_decoder_rtd_head:
+            verdict_loss, replaced_prob = self._detect_replaced(hidden, payload, microbatch, losses)
+            payload = replace(payload, replaced_prob=replaced_prob)
+        rows = self._rows_at(hidden, microbatch.target_slots, running.is_short)
+        logits, gates, targets = self._project(rows), self._gate(rows), microbatch.target_ids.flatten()
         statistics = vocab_ops.measure(logits, shard, targets_N=targets)
-        nll = vocab_ops.cross_entropy(logits, targets, shard, statistics).view_as(microbatch.target_ids)
-        if payload.sampled_ids is not None and microbatch.masked_ids is not None:
-            if self.context.eval_all_positions and not self.training:
-                self._score_all_positions(hidden, payload.sampled_ids, microbatch)
-            else:
-                # Objectives with a generator target the very slots that it fills.
-                is_right = statistics.argmax_N.view_as(microbatch.target_ids) == microbatch.target_ids
-                losses.record_lm(is_right, payload.sampled_ids != microbatch.masked_ids, microbatch.target_valid)
-        return losses.add_lm(nll, microbatch.target_valid, payload.replaced_prob)
+        nll, picked = vocab_ops.cross_entropy(logits, targets, shard, statistics), statistics.argmax_N
+        inputs = self._find_inputs(payload, microbatch)
+        if inputs is not None and gates is not None:
+            nll = mix_losses(nll, gates, inputs == targets)
+            picked = self._pick(logits, statistics, inputs, gates)
+        if inputs is not None and self.context.eval_all_positions and not self.training:
+            self._score_all_positions(hidden, payload, microbatch, losses)
+        elif inputs is not None:
+            shape = microbatch.target_valid.shape
+            is_right, is_replaced = (picked == targets).view(shape), (inputs != targets).view(shape)
+            losses.record_lm(is_right, is_replaced, microbatch.target_valid)
+        nll = nll.view_as(microbatch.target_ids)
+        return losses.add_lm(nll, microbatch.target_valid, payload.replaced_prob) + verdict_loss
 
     # Parts of units.
 
-    def _finish_decoder(self, running: _Running) -> Tensor:
-        """Hidden states [t, b, h] as the projection to the vocabulary takes them."""
-        hidden = self.decoder.finish(running.payload.hidden)
-        if self.context.model.scale_lm_output:
-            hidden = hidden * self.context.configs["decoder"].hidden_size ** -0.5
-        return hidden
+    def _detect_replaced(
+        self, hidden: Tensor, payload: BoundaryPayload, microbatch: Microbatch, losses: StepLosses
+    ) -> tuple[Tensor, Tensor]:
+        """RTD's loss over every real position, and the FP32 probability of "replaced" [b, g] at the masked slots."""
+        assert payload.sampled_ids is not None and microbatch.masked_slots is not None
+        logits = self.judge(hidden)
+        if self.config.sequence_parallel:  # every rank computes the whole loss; backward keeps its own positions
+            logits = gather_from_sequence_parallel_region(
+                logits, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        corrupted = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, payload.sampled_ids)
+        labels = (corrupted != microbatch.encoder_tokens).t()
+        loss = losses.add_rtd(logits, labels, mark_real_positions(microbatch).t())
+        slots = microbatch.masked_slots.clamp(max=logits.shape[0] - 1)
+        # Widened first: a probability rounded to BF16 would weigh losses in steps of 1/256.
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return loss, logits.detach().t().gather(1, slots).to(wide).sigmoid().float()
 
-    def _rows_at(self, hidden: Tensor, slots_BM: Tensor, is_short: bool) -> Tensor:
-        """What a head projects: hidden states [b*m, h] at slots, alike on all tensor-parallel ranks."""
-        gather = gather_shortened if is_short else partial(gather_slots, slots_BM=slots_BM)
-        rows_MBH: Tensor = gather(hidden, config=self.config, tp_group=self.tp_group)
-        return rows_MBH.transpose(0, 1).flatten(0, 1)
+    def _finish_writing(self, running: _Running) -> Tensor:
+        """Hidden states that the LM head reads: the decoder's, or those of an encoder alone, which are finished."""
+        hidden = running.payload.hidden
+        return self.decoder.finish(hidden) if self.context.model.has_decoder else hidden
 
-    def _project(self, rows_RH: Tensor) -> Tensor:
-        """The LM head's logits [r, v]."""
-        matrix: TokenMatrix = self.lm_head if hasattr(self, "lm_head") else self.word_embeddings
-        logits: Tensor = matrix(rows_RH, project=True)
-        return logits
+    def _find_inputs(self, payload: BoundaryPayload, microbatch: Microbatch) -> Tensor | None:
+        """The encoder's corrupted tokens [b x m] at the places of the targets; None where targets have none."""
+        if payload.sampled_ids is None or self.context.target_kind == "others":
+            return None
+        if self.context.target_kind == "fills":
+            return payload.sampled_ids.flatten()
+        assert microbatch.masked_slots is not None
+        corrupted = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, payload.sampled_ids)
+        return corrupted.gather(1, microbatch.target_slots.clamp(max=corrupted.shape[1] - 1)).flatten()
 
     def _slots_after(self, unit: Unit, microbatch: Microbatch) -> Tensor | None:
         """The only positions at which a layer's output is read: where a head follows it in this very piece.
@@ -304,7 +275,7 @@ class ChainPiece(MegatronModule):
         following = self._following.get(unit)
         if following is None or following.kind != heads.get(unit.kind):
             return None
-        if following.kind == "lm_head" and self.context.eval_all_positions and not self.training:
+        if following.kind == "lm_head" and self._reads_all_positions():
             return None
         slots = microbatch.masked_slots if following.kind == "mlm_head" else microbatch.target_slots
         length = microbatch.shape.encoder_length if following.kind == "mlm_head" else microbatch.shape.decoder_length
@@ -312,64 +283,30 @@ class ChainPiece(MegatronModule):
         shards = self.tp_group.size() if self.config.sequence_parallel else 1
         return slots if slots.shape[1] < length and slots.shape[1] % shards == 0 else None
 
-    def _score_all_positions(self, hidden: Tensor, sampled_ids: Tensor, microbatch: Microbatch) -> None:
+    def _reads_all_positions(self) -> bool:
+        """Whether more than the LM loss at its slots is read from the decoder's output."""
+        is_scored = self.context.eval_all_positions and not self.training
+        return is_scored or self.context.model.has_decoder_rtd_head
+
+    def _score_all_positions(
+        self, hidden: Tensor, payload: BoundaryPayload, microbatch: Microbatch, losses: StepLosses
+    ) -> None:
         """The decoder's hits at every real position (reference section 4), as many at a time as the loss has slots.
 
         Validation then holds no more logits at once than training does. METRO's decoder writes the original text, token
         i at position i.
         """
-        assert self.losses is not None and microbatch.masked_slots is not None
+        assert payload.sampled_ids is not None and microbatch.masked_slots is not None
         originals, shape = microbatch.encoder_tokens, microbatch.shape
+        corrupted = fill_slots(originals, microbatch.masked_slots, payload.sampled_ids)
         every = torch.arange(shape.decoder_length, device=originals.device).expand_as(originals)
         chunks = every.split(shape.num_target_slots, dim=1)
-        logits = (self._project(self._rows_at(hidden, slots, is_short=False)) for slots in chunks)
-        picked = [vocab_ops.argmax(part, self.context.shard) for part in logits]
+        picked = [
+            self._predict(self._rows_at(hidden, slots, is_short=False), corrupted.gather(1, slots).flatten())
+            for slots in chunks
+        ]
         predicted = torch.cat([ids.view_as(slots) for ids, slots in zip(picked, chunks)], dim=1)
-        is_replaced = fill_slots(originals, microbatch.masked_slots, sampled_ids) != originals
-        self.losses.record_lm(predicted == originals, is_replaced, mark_real_positions(microbatch))
+        losses.record_lm(predicted == originals, corrupted != originals, mark_real_positions(microbatch))
 
     def _start(self, network: Network, payload: BoundaryPayload, microbatch: Microbatch) -> _Running:
         return _Running(payload, network, self._stack_bias(network, microbatch))
-
-    def _stack_bias(self, network: Network, microbatch: Microbatch) -> Tensor | None:
-        share: NetworkShare | None = getattr(self, network, None)
-        shape = microbatch.shape
-        length = shape.decoder_length if network == "decoder" else shape.encoder_length
-        return share.stack_bias(length) if share is not None else None
-
-    def _embed(self, share: NetworkShare, tokens_BS: Tensor, padding: Tensor | None, dropout: float) -> Tensor:
-        return share.embed(self.word_embeddings(tokens_BS), tokens_BS.shape[1], padding, dropout)
-
-    def _build_share(self, network: Network) -> NetworkShare | None:
-        kinds = {unit.kind for unit in self.units}
-        embeds = {
-            "generator": "generator_embedding" in kinds and self.context.model.generator_embedding_sharing == "token",
-            "encoder": bool(kinds & {"mlm_head", "encoder_embedding"})
-            or ("generator_embedding" in kinds and self.context.model.generator_embedding_sharing == "token_pos_norm"),
-            "decoder": "decoder_embedding" in kinds,
-        }[network]
-        plan = NetworkPlan(
-            network=network,
-            layers=tuple(u.index for u in self.units if u.kind == f"{network}_layer" and u.index is not None),
-            embeds=embeds,
-            projects=network == "generator" and "generator_embedding" in kinds,
-            ends={"generator": "mlm_head", "encoder": "encoder_head", "decoder": "lm_head"}[network] in kinds,
-            recompute=self.context.recompute,
-        )
-        if not (plan.layers or plan.embeds or plan.projects or plan.ends):
-            return None
-        config = self.context.configs[network]
-        return NetworkShare(config, self.context.model, self.context.spec, plan, self.context.collection)
-
-
-def fill_slots(tokens_BS: Tensor, slots_BG: Tensor, fills_BG: Tensor) -> Tensor:
-    """Tokens with the fills written at the slots; unused slots write to a dump column past the end."""
-    dump = tokens_BS.new_zeros(tokens_BS.shape[0], 1)
-    return torch.cat([tokens_BS, dump], dim=1).scatter(1, slots_BG, fills_BG)[:, :-1]
-
-
-def mark_real_positions(microbatch: Microbatch) -> Tensor:
-    """Bool [b, s], False at the encoder's padding."""
-    if microbatch.encoder_padding is None:
-        return torch.ones_like(microbatch.encoder_tokens, dtype=torch.bool)
-    return ~microbatch.encoder_padding

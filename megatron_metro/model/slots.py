@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_metro.batch import Microbatch
 from megatron_metro.parallel.groups import ProcessGroup
 
 
@@ -48,3 +49,16 @@ def _local_rows(hidden_SBH: Tensor, slots_BM: Tensor, config: TransformerConfig,
     flat = slots_MB.clamp(0, local_length - 1) * b + torch.arange(b, device=slots_MB.device)
     rows = hidden_SBH.reshape(local_length * b, h).index_select(0, flat.flatten()).view(-1, b, h)
     return rows * is_mine_MB[..., None].to(rows.dtype) if config.sequence_parallel else rows
+
+
+def fill_slots(tokens_BS: Tensor, slots_BG: Tensor, fills_BG: Tensor) -> Tensor:
+    """Tokens with the fills written at the slots; unused slots write to a dump column past the end."""
+    dump = tokens_BS.new_zeros(tokens_BS.shape[0], 1)
+    return torch.cat([tokens_BS, dump], dim=1).scatter(1, slots_BG, fills_BG)[:, :-1]
+
+
+def mark_real_positions(microbatch: Microbatch) -> Tensor:
+    """Bool [b, s], False at the encoder's padding."""
+    if microbatch.encoder_padding is None:
+        return torch.ones_like(microbatch.encoder_tokens, dtype=torch.bool)
+    return ~microbatch.encoder_padding

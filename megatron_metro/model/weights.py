@@ -5,7 +5,13 @@ Initialisation, checkpoints and whoever gathers or cuts a weight must agree on b
 
 from megatron_metro.config.schema import ModelConfig
 
-VOCABULARY_ROWS = ("word_embeddings.weight", "lm_head.weight", "mlm_head.output.weight", "mlm_head.output_bias")
+VOCABULARY_ROWS = (
+    "word_embeddings.weight",
+    "lm_head.weight",
+    "lm_transform.output_bias",
+    "mlm_head.output.weight",
+    "mlm_head.output_bias",
+)
 
 
 def has_vocabulary_rows(name: str) -> bool:

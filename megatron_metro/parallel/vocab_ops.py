@@ -164,6 +164,12 @@ def sample(
     return ids_N
 
 
+def log_probabilities(logits_NV: Tensor, ids_N: Tensor, shard: VocabShard, statistics: VocabStatistics) -> Tensor:
+    """Log-probability of one id per row, without a graph: float64 [N], equal on all ranks. One small all-gather."""
+    (gathered_RN1,) = _all_gather([_logits_at(logits_NV.detach(), ids_N, shard)], shard)
+    return _pick(gathered_RN1.squeeze(2), ids_N // shard.num_columns) - statistics.log_sum_exp_N
+
+
 def argmax(logits_NV: Tensor, shard: VocabShard) -> Tensor:
     """The id of each row's largest logit, the smallest one where logits tie: int64 [N], equal on all ranks."""
     logits_NV = logits_NV.detach()

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_metro.batch import Microbatch, MicrobatchShape
 from megatron_metro.config.payload import payload_rows
 from megatron_metro.config.schema import RunConfig
+from megatron_metro.config.terms import target_kind
 from megatron_metro.losses.step import StepLosses, count_tokens
 from megatron_metro.model.build import build_pieces
 from megatron_metro.parallel.communicator import StaticShapeCommunicator
@@ -68,11 +69,20 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[Microbatch]]) -> dict[str, float]:
-        """Metrics over all batches together: summed terms over summed counts."""
+        """Metrics over all batches together: summed terms over summed counts.
+
+        Where a generator corrupts the input of a text-to-text objective (SPACTOR), its loss on the input as it was,
+        "clean lm loss", stands beside the one on replaced tokens (the paper's figure 4).
+        """
         for chunk in self.chunks:
             chunk.eval()
-        batch_losses = [self._run(microbatches, forward_only=True) for microbatches in batches]
-        return StepLosses.merge(batch_losses).summarise()
+        losses, clean = [], []
+        for microbatches in batches:
+            losses.append(self._run(microbatches, forward_only=True))
+            if self.run.model.has_generator and target_kind(self.run.objective) == "others":
+                clean.append(self._run([batch.without_masks() for batch in microbatches], forward_only=True))
+        metrics = StepLosses.merge(losses).summarise()
+        return metrics | {"clean lm loss": StepLosses.merge(clean).summarise()["lm loss"]} if clean else metrics
 
     def synchronise_parameters(self) -> None:
         """Finish gathering updated parameters, which the next forward pass would otherwise do (overlapped gather)."""
@@ -89,7 +99,12 @@ class Engine:
     def _run(self, microbatches: Sequence[Microbatch], *, forward_only: bool) -> StepLosses:
         """All microbatches through the schedule; the loss terms of all stages, summed over the world."""
         counts = all_reduce_sum(count_tokens(microbatches), self.groups.dp_group)
-        losses = StepLosses(self.run.objective, counts, loss_scale=self.optimizer.get_loss_scale())
+        losses = StepLosses(
+            self.run.objective,
+            counts,
+            loss_scale=self.optimizer.get_loss_scale(),
+            has_lm_head=self.run.model.has_lm_head,
+        )
         for piece in self.pieces:
             piece.losses = losses
         shape = microbatches[0].shape

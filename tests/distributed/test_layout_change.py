@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_metro.parallel.groups import ParallelGroups
 from tests.helpers import tiny
 from tests.helpers.distributed import WorkerPool
-from tests.helpers.layouts import Row
+from tests.helpers.layouts import OBJECTIVE_VARIANTS, Row
 from tests.helpers.resuming import (
     LAST_STEP,
     SAVED_STEP,
@@ -31,7 +31,9 @@ from tests.helpers.resuming import (
 Pool = Callable[[int], WorkerPool]
 
 GATED = {**tiny.SPACTOR, **tiny.NARROW_GENERATOR, "activation": "gated-gelu"}
+COCO_LM = {"model_name": "coco-lm", **OBJECTIVE_VARIANTS["coco-lm"]}
 PAIRS = [
+    (Row(tp=2, **COCO_LM), Row(pp=2, **COCO_LM)),
     (Row(tp=2, sp=True), Row(pp=2)),
     (Row(pp=2, vpp=2), Row(tp=2)),
     (Row(dp=2, distributed_optimizer=True), Row(pp=2, single_precision=True)),

@@ -12,13 +12,16 @@ import pytest
 from megatron_metro.parallel.groups import ParallelGroups
 from tests.helpers import mutations, tiny
 from tests.helpers.distributed import WorkerPool
-from tests.helpers.layouts import Row
+from tests.helpers.layouts import OBJECTIVE_VARIANTS, Row
 from tests.helpers.parity import Case, Outcome, run_case, worst_error, worst_metric_error
 
 Pool = Callable[[int], WorkerPool]
 
 WIDE_GENERATOR = {**tiny.SPACTOR, "generator_hidden_size": 24, "activation": "gated-gelu", "untie_mlm_head": False}
 OWN_MATRIX = {**tiny.NARROW_GENERATOR, "untie_mlm_head": True, "mlm_head": "linear", "rtd_head": "gelu"}
+
+VARIED = [{"model_name": name, **variant, "num_steps": 2} for name, variant in OBJECTIVE_VARIANTS.items()]
+VARIED_PLACES = (Row(tp=2, sp=True), Row(pp=2), Row(pp=2, vpp=2))
 
 ROWS = [
     # one process
@@ -46,6 +49,8 @@ ROWS = [
     Row(tp=2, model=tiny.SPACTOR, model_name="SPACTOR"),
     Row(dp=2, distributed_optimizer=True, overlap=True, model=OWN_MATRIX, model_name="own matrix"),
     Row(pp=2, layout="Gg|gMeeRDddL", padded=True, model=tiny.NARROW_GENERATOR, model_name="narrow generator"),
+    # objectives and ablations beside METRO
+    *(replace(place, **variant) for variant in VARIED for place in VARIED_PLACES),
     # three
     Row(pp=3),
     Row(pp=3, vpp=4, micro_batch_size=1, model={"decoder_num_layers": 4}),

@@ -178,6 +178,36 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     },
 )
 
+# Objectives and ablations beside METRO; tests/parity/test_variants.py holds their definitions.
+OBJECTIVE_VARIANTS: dict[str, dict[str, Any]] = {
+    "spactor": {"objective": {"objective": "spactor", "rtd_loss_weight": 10.0, "lm_loss_weight": 10.0}},
+    "RTD on the decoder": {
+        "padded": True,
+        "model": {"rtd_position": "decoder"},
+        "objective": {"weighted_lm_loss": True},
+    },
+    "RoBERTa's LM head, masked tokens only": {
+        "model": {"lm_head": "roberta", "copy_mechanism": True},
+        "objective": {"lm_targets": "masked-only"},
+    },
+    "copies, all positions": {
+        "padded": True,
+        "model": {"copy_mechanism": True, "rtd_position": "decoder"},
+        "objective": {"lm_targets": "all"},
+    },
+    "electra": {"model": {"decoder_num_layers": 0, "encoder_num_layers": 3}, "objective": {"objective": "electra"}},
+    "coco-lm": {
+        "model": {
+            "decoder_num_layers": 0,
+            "encoder_lm_head": True,
+            "copy_mechanism": True,
+            "lm_head": "roberta",
+            "norm_placement": "pre",
+        },
+        "objective": {"objective": "electra", "weighted_lm_loss": True},
+    },
+}
+
 # Layouts in which every variant runs.
 VARIANT_PLACES = (
     Row(),
@@ -201,7 +231,8 @@ VARIANT_PLACES = (
 def variant_rows(world_size: int) -> list[Row]:
     """Every variant in each of the chosen layouts of so many processes."""
     places = [row for row in VARIANT_PLACES if row.world_size == world_size]
-    return [replace(place, **variant) for place, variant in product(places, VARIANTS)]
+    named = [{"model_name": name, **variant} for name, variant in OBJECTIVE_VARIANTS.items()]
+    return [replace(place, **variant) for place, variant in product(places, [*VARIANTS, *named])]
 
 
 def cut_rows(pp: int, vpp: int) -> list[Row]:

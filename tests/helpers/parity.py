@@ -176,8 +176,14 @@ def _build_layout(run: RunConfig, text: str | None) -> StageLayout:
 
 def local_microbatches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[Microbatch]:
     """This rank's share of the step's global batch, which is the same for every layout."""
-    make = tiny.span_batch if case.spans else (lambda n, seed: tiny.metro_batch(n, seed, padded=case.padded))
-    whole, size = make(GLOBAL_BATCH_SIZE, 100 + step), case.micro_batch_size
+    run, seed, size = case.run, 100 + step, case.micro_batch_size
+    whole = (
+        tiny.span_batch(GLOBAL_BATCH_SIZE, seed)
+        if case.spans
+        else tiny.objective_batch(
+            run.objective, GLOBAL_BATCH_SIZE, seed, padded=case.padded, has_decoder=run.model.has_decoder
+        )
+    )
     count = GLOBAL_BATCH_SIZE // (size * dp_size)
     starts = [(j * dp_size + dp_rank) * size for j in range(count)]
     return [_rows(whole, start, start + size) for start in starts]

@@ -76,20 +76,21 @@ class ReferenceMetro:
         sampled, corrupted = None, tokens
         if self.model.has_generator:
             originals = batch.masked_ids[batch.masked_valid]
-            logits, sampled = self._fill(batch)
+            logits, sampled = self.fill(batch)
             sums["mlm"] = functional.cross_entropy(logits, originals, reduction="sum")
             counts |= {"masked": len(originals), "mlm_right": int((logits.argmax(-1) == originals).sum())}
             corrupted = tokens.clone()
             corrupted[_places(batch.masked_slots, batch.masked_valid)] = sampled[batch.masked_valid]
         memory, is_replaced, z = self.encode("encoder", corrupted, padding), corrupted != tokens, None
         if self.model.has_rtd_head:
-            z = self._detect(memory)
+            z = self.detect(memory)
             labels = is_replaced.to(z.dtype)
             sums["rtd"] = functional.binary_cross_entropy_with_logits(z[is_real], labels[is_real], reduction="sum")
             counts["rtd_replaced_right"] = int((z >= 0)[is_real & is_replaced].sum())
             counts["rtd_unreplaced_right"] = int((z < 0)[is_real & ~is_replaced].sum())
         places, targets = _places(batch.target_slots, batch.target_valid), batch.target_ids[batch.target_valid]
-        logits = self.decode(batch.decoder_tokens, batch.decoder_padding, memory, padding)[places]
+        states = self.decode(batch.decoder_tokens, batch.decoder_padding, memory, padding)
+        logits = self.project(states[places])
         nll = functional.cross_entropy(logits, targets, reduction="none")
         if objective.weighted_lm_loss:
             assert z is not None
@@ -102,7 +103,7 @@ class ReferenceMetro:
             counts |= {"replaced_right": int(right[replaced].sum()), "unreplaced_right": int(right[~replaced].sum())}
         return _Terms(sums=sums, counts=counts, sampled_ids=sampled, corrupted=corrupted)
 
-    def _fill(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
+    def fill(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         """Generator logits at the masked positions [M, v], and one draw per position by inverse CDF [b, g]."""
         hidden = self.encode("generator", batch.generator_tokens, batch.encoder_padding)
         x = hidden[_places(batch.masked_slots, batch.masked_valid)]
@@ -120,7 +121,7 @@ class ReferenceMetro:
         sampled[batch.masked_valid] = (cumulative <= threshold).sum(dim=-1)
         return logits, sampled
 
-    def _detect(self, memory: Tensor) -> Tensor:
+    def detect(self, memory: Tensor) -> Tensor:
         """Replaced-token logits [b, s]."""
         if self.model.rtd_head == "roberta":
             memory = self._norm("rtd_head.norm", functional.relu(self._linear("rtd_head.dense", memory)))
@@ -144,7 +145,7 @@ class ReferenceMetro:
         return x
 
     def decode(self, tokens: Tensor, padding: Tensor | None, memory: Tensor, memory_padding: Tensor | None) -> Tensor:
-        """Logits [b, t, v] at every decoder position."""
+        """Hidden states [b, t, h] after the decoder's last layer."""
         x = self._embed("decoder", tokens, padding)
         for i in range(self.model.decoder_num_layers):
             prefix = f"decoder.layers.{i}"
@@ -152,8 +153,15 @@ class ReferenceMetro:
             x = self._self_attention(prefix, x, bias, None, is_causal=True)
             x = self._cross_attention(prefix, x, memory, memory_padding)
             x = self._feed_forward(prefix, x)
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """The LM head's logits [..., v]."""
         head = self.weights["lm_head.weight"] if self.model.untie_embeddings_and_output_weights else self.vocab
-        return x @ head[: self.model.vocab_size].t()
+        if self.model.lm_head == "linear":
+            return x @ head[: self.model.vocab_size].t()
+        x = self._norm("lm_transform.norm", functional.relu(self._linear("lm_transform.dense", x)))
+        return x @ head[: self.model.vocab_size].t() + self.weights["lm_transform.output_bias"][: self.model.vocab_size]
 
     def _embed(self, network: str, tokens: Tensor, padding: Tensor | None) -> Tensor:
         """LN(E[token] + P[position]); real positions count from row 2, padding reads row 1."""

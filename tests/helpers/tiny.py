@@ -123,3 +123,26 @@ def span_batch(num_sequences: int, seed: int, *, decoder_length: int = 8) -> Mic
         target_ids=torch.from_numpy(targets),
         target_valid=torch.ones(num_sequences, decoder_length, dtype=torch.bool),
     )
+
+
+def objective_batch(
+    objective: ObjectiveConfig, num_sequences: int, seed: int, *, padded: bool = False, has_decoder: bool = True
+) -> Microbatch:
+    """A batch with a generator, as the objective and its `lm_targets` want decoder and targets."""
+    batch = metro_batch(num_sequences, seed, padded=padded)
+    assert batch.masked_valid is not None
+    if objective.objective == "spactor":
+        spans = span_batch(num_sequences, seed)
+        names = ("decoder_tokens", "target_slots", "target_ids", "target_valid")
+        return replace(batch, **{name: getattr(spans, name) for name in names})
+    if objective.lm_targets == "all":
+        tokens = batch.encoder_tokens
+        is_real = torch.ones_like(tokens, dtype=torch.bool) if batch.encoder_padding is None else ~batch.encoder_padding
+        every = torch.where(is_real, torch.arange(LENGTH), LENGTH)
+        batch = replace(batch, target_slots=every, target_ids=tokens, target_valid=is_real)
+    if objective.lm_targets == "masked-only":
+        start = batch.target_ids.new_full((num_sequences, 1), 2)
+        slots = torch.where(batch.masked_valid, torch.arange(NUM_SLOTS), NUM_SLOTS)
+        tokens = torch.cat([start, batch.target_ids[:, :-1]], dim=1)
+        batch = replace(batch, decoder_tokens=tokens, target_slots=slots)
+    return batch if has_decoder else replace(batch, decoder_tokens=batch.decoder_tokens[:, :0])

@@ -1,21 +1,14 @@
 """The model in one process against the plain-PyTorch METRO: losses, sampled tokens, accuracies and every gradient."""
 
-from dataclasses import fields, replace
-
 import pytest
 import torch
 
-from megatron_metro.batch import Microbatch
-from megatron_metro.config.chain import build_chain
-from megatron_metro.config.schema import ModelConfig, ObjectiveConfig
+from megatron_metro.config.schema import ObjectiveConfig
 from megatron_metro.model import piece as piece_module
-from megatron_metro.parallel.layout import StageLayout
-from megatron_metro.training.engine import Engine
 from tests.helpers import tiny
-from tests.helpers.parity import perturb
+from tests.helpers.oracle import check, make_engine, split
 from tests.helpers.reference import ReferenceMetro
 
-# fmt: off
 MODELS: dict[str, dict] = {
     "token": {},
     "token_pos_norm": {"generator_embedding_sharing": "token_pos_norm"},
@@ -26,47 +19,26 @@ MODELS: dict[str, dict] = {
     "unequal": {"encoder_num_layers": 3, "decoder_num_layers": 1, "generator_num_layers": 1, "kv_channels": 8},
     "untied": {"untie_embeddings_and_output_weights": True},
     "narrow_generator": {
-        "generator_hidden_size": 8, "generator_ffn_hidden_size": 12, "generator_num_attention_heads": 2,
-        "rtd_head": "gelu", "rtd_head_hidden_size": 20,
+        "generator_hidden_size": 8,
+        "generator_ffn_hidden_size": 12,
+        "generator_num_attention_heads": 2,
+        "rtd_head": "gelu",
+        "rtd_head_hidden_size": 20,
     },
     "narrow_generator_and_linear_head": {
-        "generator_hidden_size": 8, "generator_embedding_sharing": "token_pos_norm", "mlm_head": "linear",
+        "generator_hidden_size": 8,
+        "generator_embedding_sharing": "token_pos_norm",
+        "mlm_head": "linear",
     },
     "wide_generator_and_own_matrix": {
-        "generator_hidden_size": 24, "generator_num_attention_heads": 6, "untie_mlm_head": True, "kv_channels": 5,
+        "generator_hidden_size": 24,
+        "generator_num_attention_heads": 6,
+        "untie_mlm_head": True,
+        "kv_channels": 5,
     },
     "own_matrix_alone": {"generator_ffn_hidden_size": 40, "untie_mlm_head": True, "mlm_head": "linear"},
 }
 # fmt: on
-
-
-def split(batch: Microbatch, size: int) -> list[Microbatch]:
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    starts = range(0, batch.encoder_tokens.shape[0], size)
-    return [replace(batch, **{k: v[i : i + size] for k, v in values.items() if v is not None}) for i in starts]
-
-
-def make_engine(groups, model: ModelConfig, objective: ObjectiveConfig) -> Engine:
-    run = tiny.tiny_run(model, objective=objective)
-    layout = StageLayout(pieces=(build_chain(model),), pp_size=1, vpp_size=1)
-    engine = Engine(run, layout, groups, torch.float64, pad_id=tiny.PAD_ID)
-    perturb(engine)
-    return engine
-
-
-def check(engine: Engine, microbatches: list[Microbatch], objective: ObjectiveConfig) -> None:
-    log = engine.accumulate_gradients(microbatches)
-    parameters = dict(engine.pieces[0].named_parameters())
-    leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-    expected = ReferenceMetro(leaves, engine.run.model, pad_id=tiny.PAD_ID).run(microbatches, objective)
-    expected.total.backward()
-    for name, value in expected.log.items():
-        assert log[name] == pytest.approx(value, rel=1e-11, abs=1e-11), name
-    floor = 1e-3 * max(float(leaf.grad.abs().max()) for leaf in leaves.values())
-    for name, leaf in leaves.items():
-        gradient = parameters[name].main_grad.double()
-        error = float((gradient - leaf.grad).abs().max()) / max(float(leaf.grad.abs().max()), floor)
-        assert error <= 1e-10, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])

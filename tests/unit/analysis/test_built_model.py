@@ -35,6 +35,12 @@ VARIANTS = {
         "position_embedding_type": "none", "relative_attention": "per_stack", "relative_attention_decoder": True,
         "mlm_head": "linear", "untie_mlm_head": True, "rtd_head": "gelu", "scale_lm_output": True,
     },
+    "RTD on the decoder": {"rtd_position": "decoder", "lm_head": "roberta"},
+    "copies": {"copy_mechanism": True, "untie_embeddings_and_output_weights": True},
+    "pre-norm, RTD on the decoder": {"rtd_position": "decoder", "norm_placement": "pre", "rtd_head": "simple"},
+    "electra": {"decoder_num_layers": 0},
+    "pre-norm electra": {"decoder_num_layers": 0, "norm_placement": "pre", "relative_attention": "per_stack"},
+    "coco-lm": {"decoder_num_layers": 0, "encoder_lm_head": True, "copy_mechanism": True, "lm_head": "roberta"},
     "t5": {
         "generator_num_layers": 0, "position_embedding_type": "none", "norm_placement": "pre",
         "normalization": "RMSNorm", "relative_attention": "per_stack", "relative_attention_decoder": True,
@@ -63,12 +69,25 @@ def test_parameters_of_every_piece_and_holders_of_shared_weights(variant, groups
             assert {name for name in holders if name in weights} == {n for n, held in holders.items() if index in held}
 
 
-@pytest.mark.parametrize("variant", ["base", "narrow generator", "narrow generator, base++", "wide generator"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "base",
+        "narrow generator",
+        "narrow generator, base++",
+        "wide generator",
+        "RTD on the decoder",
+        "electra",
+        "coco-lm",
+    ],
+)
 def test_forward_flops_are_those_of_the_matrix_products(variant, groups):
     from megatron_metro.training.benchmark import draw_microbatch
     from megatron_metro.training.engine import Engine
 
     run = replace(RUN, model=replace(RUN.model, **VARIANTS[variant]))
+    if not run.model.has_decoder:
+        run = replace(run, objective=replace(run.objective, objective="electra"))
     chain, lengths = build_chain(run.model), static_lengths(run)
     engine = Engine(run, single_piece(chain), groups, torch.float32, 1)
     microbatch = draw_microbatch(run)
@@ -79,6 +98,7 @@ def test_forward_flops_are_those_of_the_matrix_products(variant, groups):
     products = counter.get_flop_counts()["Global"]
     counted = sum(flops for operator, flops in products.items() if "attention" not in str(operator))
     p, s, t = run.model.num_attention_heads * run.model.head_size, lengths.encoder, lengths.decoder
-    num_queries = (run.model.decoder_num_layers - 1) * t + lengths.targets  # the last layer's stand at slots
+    last_queries = t if run.model.has_decoder_rtd_head else lengths.targets  # the last layer's stand at slots
+    num_queries = (run.model.decoder_num_layers - 1) * t + last_queries if run.model.has_decoder else 0
     expected -= num_queries * (4 * CAUSAL_SHARE * t * p + 4 * s * p)
     assert counted == expected * run.training.micro_batch_size

@@ -39,8 +39,8 @@ def test_digits_per_slot():
     narrow = replace(METRO, hidden_size=64, num_attention_heads=4)
     assert payload_rows(Unit("mlm_head"), narrow, **LENGTHS).aux == 3  # 160 digits
     assert payload_rows(Unit("decoder_layer", 0), narrow, **LENGTHS).aux == 8  # 480 digits
-    silent = replace(narrow, rtd_head="none")
-    assert payload_rows(Unit("decoder_layer", 0), silent, **LENGTHS).aux == 3
+    for silent in (replace(narrow, rtd_head="none"), replace(narrow, rtd_position="decoder")):
+        assert payload_rows(Unit("decoder_layer", 0), silent, **LENGTHS).aux == 3
 
 
 def test_sequence_parallelism_shards_all_but_the_aux_rows():

@@ -31,7 +31,7 @@ def restore_with_oracle(piece: ChainPiece, batch: Microbatch) -> list[Expected]:
     oracle = ReferenceMetro(weights, piece.context.model, pad_id=tiny.PAD_ID)
     corrupted, padding = oracle.run([batch]).corrupted[0], batch.encoder_padding
     memory = oracle.encode("encoder", corrupted, padding)
-    probs = oracle._detect(memory).sigmoid()
+    probs = oracle.detect(memory).sigmoid()
     results = []
     for row, tokens in enumerate(corrupted):
         is_real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else ~padding[row]
@@ -41,7 +41,8 @@ def restore_with_oracle(piece: ChainPiece, batch: Microbatch) -> list[Expected]:
         for position in range(int(is_real.sum())):
             written = tokens[position : position + 1]
             if position in slots:
-                logits = oracle.decode(prefix, None, memory[one], None if padding is None else padding[one])
+                states = oracle.decode(prefix, None, memory[one], None if padding is None else padding[one])
+                logits = oracle.project(states)
                 written = logits[0, -1:].argmax(-1)
                 greedy.append(int(written))
             prefix = torch.cat([prefix, written[None]], dim=1)

@@ -40,10 +40,12 @@ def test_counts_are_those_of_all_microbatches():
     assert count_tokens([plain]).tolist() == [0, 16, 10, 2]
 
 
-def make_losses(objective: ObjectiveConfig | None = None, scale: float = 1.0, **counts: int) -> StepLosses:
+def make_losses(
+    objective: ObjectiveConfig | None = None, scale: float = 1.0, *, has_lm_head: bool = True, **counts: int
+) -> StepLosses:
     numbers = {"masked": 5, "real": 17, "targets": 5, "sequences": 2} | counts
     counted = torch.tensor([numbers[name] for name in COUNT_NAMES], dtype=torch.float64)
-    return StepLosses(objective or ObjectiveConfig(), counted, torch.tensor([scale]))
+    return StepLosses(objective or ObjectiveConfig(), counted, torch.tensor([scale]), has_lm_head=has_lm_head)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +84,7 @@ def add_lm(losses: StepLosses, case: Case) -> torch.Tensor:
 
 
 def add_all(losses: StepLosses, case: Case) -> dict[str, torch.Tensor]:
-    mlm = losses.add_mlm(case.mlm_nll, case.mlm_right, case.valid)
+    mlm = losses.add_mlm(case.mlm_nll, case.mlm_right, case.filled_wrong, case.valid)
     return {"mlm": mlm, "rtd": losses.add_rtd(*case.rtd), "lm": add_lm(losses, case)}
 
 
@@ -146,7 +148,7 @@ def test_stages_and_microbatches_add_up():
     for seed in (0, 1):
         case = make_case(seed)
         add_all(whole, case)
-        first.add_mlm(case.mlm_nll, case.mlm_right, case.valid)
+        first.add_mlm(case.mlm_nll, case.mlm_right, case.filled_wrong, case.valid)
         second.add_rtd(*case.rtd)
         add_lm(third, case)
     first.sums += second.sums + third.sums
@@ -174,12 +176,40 @@ def test_a_step_without_masked_tokens_is_zero():
     losses, case = make_losses(masked=0, targets=0), make_case()
     nothing = torch.zeros(2, 4, dtype=torch.bool)
     terms = [
-        losses.add_mlm(case.mlm_nll, nothing, nothing),
+        losses.add_mlm(case.mlm_nll, nothing, nothing, nothing),
         losses.add_rtd(case.rtd[0], nothing.new_zeros(10, 2), case.rtd[2]),
         losses.add_lm(case.lm_nll, nothing, case.prob),
     ]
     assert [term.item() for term in terms] == [0.0, 0.0, 0.0]
     assert all(value == 0.0 for value in losses.summarise().values())
+
+
+def test_spactor_sums_over_tokens_and_divides_by_sequences():
+    weights = {"mlm_loss_weight": 1.0, "rtd_loss_weight": 10.0, "lm_loss_weight": 10.0}
+    case = make_case()
+    logits, is_replaced, is_real = case.rtd
+    bce = functional.binary_cross_entropy_with_logits(logits[is_real], is_replaced[is_real].double(), reduction="sum")
+    sums = [case.mlm_nll[case.valid].sum().item(), bce.item(), case.lm_nll[case.valid].sum().item()]
+    for normalisation, divisors in (("sum", (2, 2, 2)), ("mean", (5, 17, 5))):
+        losses = make_losses(ObjectiveConfig(objective="spactor", spactor_normalisation=normalisation, **weights))
+        terms = add_all(losses, case).values()
+        expected = [w * s / n for w, s, n in zip((1, 10, 10), sums, divisors)]
+        assert [term.item() for term in terms] == pytest.approx(expected, abs=1e-12)
+        log = losses.summarise()
+        assert log["total loss"] == pytest.approx(sum(expected))
+        means = (log["mlm loss"], log["rtd loss"], log["lm loss"])  # per token, whatever is trained
+        assert means == pytest.approx([s / n for s, n in zip(sums, (5, 17, 5))])
+        # Spans stand at no position that could have been replaced.
+        assert set(log) == METRO_NAMES - {"replaced accuracy", "unreplaced accuracy"}
+
+
+def test_an_encoder_without_an_lm_head_writes_nothing():
+    losses, case = make_losses(ObjectiveConfig(objective="electra"), has_lm_head=False, targets=0), make_case()
+    losses.add_mlm(case.mlm_nll, case.mlm_right, case.filled_wrong, case.valid)
+    assert losses.add_rtd(*case.rtd).item() > 0
+    log = losses.summarise()
+    assert set(log) == METRO_NAMES - {"lm loss", "replaced accuracy", "unreplaced accuracy"}
+    assert log["total loss"] == pytest.approx(log["mlm loss"] + 50 * log["rtd loss"])
 
 
 def test_injection_carries_the_loss_scale():

@@ -154,6 +154,15 @@ def test_shared_weights_of_metro():
     assert shared_weights(single_piece(CHAIN), METRO) == {"word_embeddings.weight": (0,)}
 
 
+def test_an_encoder_alone_ends_with_its_head():
+    model = replace(METRO, decoder_num_layers=0)
+    layout = parse("Gg*2|ee|ee", build_chain(model), 3)
+    assert layout.format() == "Gg*2|Me*2|e*2R" or layout.format() == "Gg*2M|e*2|e*2R"
+    assert shared_weights(layout, model)["word_embeddings.weight"] == (0,)
+    written = parse("Gg*2|Mee|eeRL", build_chain(replace(model, encoder_lm_head=True)), 3)
+    assert shared_weights(written, replace(model, encoder_lm_head=True))["word_embeddings.weight"] == (0, 1, 2)
+
+
 def test_shared_weights_of_t5():
     model = ModelConfig(
         generator_num_layers=0, encoder_num_layers=4, decoder_num_layers=3, position_embedding_type="none",

@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_metro.parallel.vocab_ops import CHUNK_SIZE, VocabShard, argmax, cross_entropy, measure, sample
+from megatron_metro.parallel.vocab_ops import (
+    CHUNK_SIZE,
+    VocabShard,
+    argmax,
+    cross_entropy,
+    log_probabilities,
+    measure,
+    sample,
+)
 
 WHOLE = VocabShard(vocab_size=512, padded_size=512)
 PADDED = VocabShard(vocab_size=300, padded_size=640)
@@ -51,6 +59,15 @@ def test_cross_entropy_and_its_gradient_equal_torch(shard, dtype, tolerance):
     assert torch.allclose(logits.grad.double(), expected_logits.grad, rtol=0, atol=tolerance)
     assert torch.equal(logits.detach(), before), "the input was overwritten"
     assert not logits.grad[:, shard.vocab_size :].any()
+
+
+@pytest.mark.parametrize("shard", [WHOLE, PADDED], ids=["whole", "padded"])
+def test_log_probabilities_of_single_ids(shard):
+    logits, ids = make_logits(shard).requires_grad_(), make_targets(shard)
+    found = log_probabilities(logits, ids, shard, measure(logits, shard))
+    expected = torch.log_softmax(logits[:, : shard.vocab_size], dim=1).gather(1, ids[:, None]).squeeze(1)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-13)
+    assert not found.requires_grad
 
 
 def test_gradient_passes_gradcheck():
