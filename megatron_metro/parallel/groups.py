@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -124,6 +125,19 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
 def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """Largest value over the group, in place; `tensor` itself is returned. No backward."""
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
+def all_gather(tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """The tensors of all ranks, which have one shape, in the order of the group. No backward."""
+    gathered = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(gathered, tensor, group=group)
+    return gathered
+
+
+def broadcast(tensor: Tensor, source: int, group: ProcessGroup) -> Tensor:
+    """What rank `source` of the group holds, in place on the others; `tensor` itself is returned. No backward."""
+    dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
     return tensor
 
 
