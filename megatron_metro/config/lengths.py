@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from megatron_metro.config.curriculum import largest_values
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.spans import span_lengths
 
@@ -23,7 +24,7 @@ def static_lengths(config: RunConfig) -> Lengths:
     lengths = mean_lengths(config)
     if config.objective.objective == "t5-span":
         return lengths
-    num_slots = count_slots(lengths.encoder, config.objective.mask_prob)
+    num_slots = count_slots(lengths.encoder, largest_values(config.objective).mask_prob)
     return replace(lengths, masked=num_slots if config.model.has_generator else 0, targets=num_slots)
 
 

@@ -127,6 +127,16 @@ class ObjectiveConfig:
     lm_loss_weight: float = option(1.0, "weight of the decoder's corrective LM loss", minimum=0.0)
     weighted_lm_loss: bool = option(False, "multiply each token's LM loss by the predicted replaced-probability")
     eval_all_positions: bool = option(False, "unreplaced accuracy over all positions in validation, as the reference")
+    mlm_loss_weight_schedule: str | None = option(
+        None, "--mlm-loss-weight along the run: STEP:VALUE,STEP:VALUE,..., linear between the points"
+    )
+    rtd_loss_weight_schedule: str | None = option(
+        None, "--rtd-loss-weight along the run, as 0:0,10000:50 for a rise over 10,000 steps"
+    )
+    lm_loss_weight_schedule: str | None = option(None, "--lm-loss-weight along the run, likewise")
+    mask_prob_schedule: str | None = option(
+        None, "--mask-prob along the run, likewise; validation masks at --mask-prob (metro)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

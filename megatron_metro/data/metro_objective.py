@@ -33,6 +33,7 @@ class MetroObjective:
     rounds_at_random: bool = True  # the number of masked tokens; down when False
     has_generator: bool = True
     is_padded: bool = False  # complete_doc: blocks may end early
+    largest_mask_prob: float | None = None  # of a schedule, whose steps all have as many slots as this needs
 
     @property
     def raw_length(self) -> int:
@@ -46,7 +47,7 @@ class MetroObjective:
 
     def shape(self, micro_batch_size: int) -> MicrobatchShape:
         """Shape of every microbatch; generator, where there is one, and decoder share the slots."""
-        num_slots = count_slots(self.sequence_length, self.mask_prob)
+        num_slots = self._num_slots
         return MicrobatchShape(
             micro_batch_size=micro_batch_size,
             encoder_length=self.sequence_length,
@@ -54,6 +55,10 @@ class MetroObjective:
             num_masked_slots=num_slots if self.has_generator else 0,
             num_target_slots=num_slots,
         )
+
+    @property
+    def _num_slots(self) -> int:
+        return count_slots(self.sequence_length, self.largest_mask_prob or self.mask_prob)
 
     def make_batch(self, blocks: Blocks) -> Microbatch:
         """The microbatch of these blocks; row i depends on row i alone."""
@@ -85,7 +90,7 @@ class MetroObjective:
         tokens, length = blocks.tokens, self.sequence_length
         words = draw_words(blocks.keys, Purpose.MASK, 3 * length + 1)
         chosen = self._choose_positions(blocks, words)
-        slots, valid = list_slots(chosen, count_slots(length, self.mask_prob))
+        slots, valid = list_slots(chosen, self._num_slots)
         ids = np.where(valid, _take(tokens, slots), self.vocabulary.pad_id)
         corrupted = corrupt_tokens(
             ids,

@@ -3,9 +3,11 @@
 An objective states how many tokens a block has, the shape of what it makes, and makes it: one small file each.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
+from megatron_metro.config.curriculum import largest_values
 from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.schema import DataConfig, RunConfig
 from megatron_metro.config.spans import span_lengths
@@ -48,12 +50,19 @@ def build_objective(run: RunConfig, vocabulary: Vocabulary) -> Objective:
             rounds_at_random=config.probabilistic_rounding,
             has_generator=run.model.has_generator,
             is_padded=data.block_mode == "complete_doc",
+            largest_mask_prob=largest_values(config).mask_prob if config.mask_prob_schedule else None,
         )
     if data.block_mode != "full":
         raise ConfigError(f"--objective t5-span corrupts full blocks; it cannot use --block-mode {data.block_mode}")
     lengths = span_lengths(data.encoder_seq_length, config.mask_prob, config.mean_noise_span_length)
     _check_decoder_length(data, lengths.decoder_length, "t5-span")
     return build_span_objective(lengths, data.encoder_seq_length, vocabulary)
+
+
+def with_mask_prob(objective: Objective, mask_prob: float) -> Objective:
+    """The same objective, with the same shapes, at another masking rate of its schedule."""
+    assert isinstance(objective, MetroObjective), "--mask-prob-schedule is refused for other objectives"
+    return replace(objective, mask_prob=mask_prob)
 
 
 def _check_decoder_length(data: DataConfig, needed: int, objective: str) -> None:

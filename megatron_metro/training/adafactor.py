@@ -107,8 +107,9 @@ class Adafactor(torch.optim.Optimizer):
         squares = self._add_ranks(squares, [part for _, part in owned])
         for (_, part), weight, update, total, square in zip(owned, weights, updates, sums, squares):
             step_size = self._step_size(part, total.weights, square)
-            weight.mul_(1.0 - group["lr"] * self._config.weight_decay)
-            weight.sub_(update.mul_(step_size.to(update.dtype).view(1, -1, 1, 1)))
+            if self._config.weight_decay:
+                weight.mul_(1.0 - group["lr"] * self._config.weight_decay)
+            weight.addcmul_(update, step_size.to(update.dtype).view(1, -1, 1, 1), value=-1.0)
         self._hand_out()
 
     def _owned(self) -> list[tuple[nn.Parameter, Part]]:

@@ -13,6 +13,7 @@ from megatron_metro.config.schema import OptimizerConfig
 from megatron_metro.parallel.groups import ParallelGroups
 from megatron_metro.training.adafactor import Adafactor, Part, assign_owners
 from megatron_metro.training.engine import Engine
+from megatron_metro.training.model_space import tensors_to_save
 from megatron_metro.training.optimizer import optimizer_step, set_learning_rate
 from tests.helpers import tiny
 from tests.helpers.distributed import WorkerPool
@@ -29,7 +30,7 @@ from tests.helpers.parity import (
     worst_metric_error,
 )
 from tests.helpers.pipeline import build_engine, microbatches_of
-from tests.helpers.resuming import LAST_STEP, Stretch, check_continuation, go_on, run_on, save_early, train
+from tests.helpers.resuming import LAST_STEP, Stretch, check_continuation, go_on, make_case, run_on, save_early, train
 
 Pool = Callable[[int], WorkerPool]
 
@@ -230,22 +231,38 @@ def test_the_same_layout_goes_on_to_the_bit(row: Row, pool: Pool, groups: Parall
         np.testing.assert_array_equal(found.weights[name], weight, err_msg=name)
 
 
-def read_state_sizes(case: Case) -> tuple[int, int, float]:
-    """After a step in BF16: numbers of state and of weights on this rank, and what main and model weights differ by."""
+def read_state_sizes(case: Case) -> tuple[int, int, float, float]:
+    """After a step in BF16: numbers of state and of weights, what main and model weights differ by, sum of weights."""
     engine = build_engine(case)
     engine.train_step(microbatches_of(engine, case))
     parameters = list(_parameters(engine).values())
     found = sum(tensor.numel() for state in engine.optimizer.state.values() for tensor in state.values())
     difference = max(float((p.main_param.bfloat16() - p.detach()).abs().max()) for p in parameters)
-    return found, sum(p.numel() for p in parameters), difference
+    total = sum(float(p.main_param.double().sum()) for p in parameters)
+    return found, sum(p.numel() for p in parameters), difference, total
 
 
 def test_state_is_shared_out_and_replicas_stay_alike_in_bfloat16(pool: Pool, groups: ParallelGroups) -> None:
     row = Row(dp=2, optimizer={"optimizer": "adafactor", "bf16": True})
-    sizes = pool(2).run(read_state_sizes, replace(row.case(), dtype=torch.bfloat16))
+    first, second = pool(2).run(read_state_sizes, replace(row.case(), dtype=torch.bfloat16))
     alone = read_state_sizes(replace(row.reference(), dtype=torch.bfloat16))
-    assert sum(found for found, _, _ in sizes) == alone[0] < 0.2 * alone[1]
-    assert all(found > 0 and difference == 0.0 for found, _, difference in sizes)
+    assert first[0] + second[0] == alone[0] < 0.2 * alone[1]
+    assert first[0] > 0 and second[0] > 0
+    assert first[2] == second[2] == 0.0 and first[3] == second[3]
+
+
+def list_written(case: Case) -> list[tuple[str, tuple[int, ...]]]:
+    """Key and place of every piece of optimizer state that this rank writes."""
+    engine = build_engine(case)
+    pieces = tensors_to_save(engine.chunks, engine.optimizer, with_moments=True)
+    return [(piece.key, piece.global_offset) for piece in pieces if "state" in piece.key and not any(piece.replica_id)]
+
+
+@pytest.mark.parametrize("row", PLACES[:3], ids=row_name)
+def test_every_piece_of_state_is_written_once(row: Row, pool: Pool, groups: ParallelGroups) -> None:
+    written = [piece for pieces in pool(2).run(list_written, make_case(replace(row, **GATED))) for piece in pieces]
+    assert len(set(written)) == len(written)
+    assert {key for key, _ in written} == {key for key, _ in list_written(replace(row, **GATED).reference())}
 
 
 MOVES = [
