@@ -88,6 +88,11 @@ def check_data_of_objective(config: RunConfig) -> None:
         f"--mask-spans changes what metro and electra mask, found {name}; drop it",
     )
     require(
+        needs.masks_tokens or objective.mask_prob_schedule is None,
+        f"--mask-prob-schedule {objective.mask_prob_schedule} would change the lengths of {name}, which are static; "
+        "drop it, or give --objective metro",
+    )
+    require(
         needs.takes_lines or config.data.block_mode == "full",
         f"{name} corrupts full blocks, found --block-mode {config.data.block_mode}; give full",
     )

@@ -13,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_metro.batch import Microbatch
+from megatron_metro.config.batches import count_completed_steps
+from megatron_metro.config.curriculum import find_schedules
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.mixture import Mixture, Part, TextFacts, build_mixture
-from megatron_metro.data.objectives import Objective, build_objective
+from megatron_metro.data.objectives import Objective, build_objective, with_mask_prob
 from megatron_metro.data.workers import WorkerPool
 from megatron_metro.tokenizer import Tokenizer
 
@@ -35,13 +37,17 @@ class StepReader:
     micro_batch_size: int
     dp_rank: int
     dp_size: int
+    mask_prob_at: Callable[[int], float] | None = None  # by consumed samples; None: the objective's own
 
     def read(self, request: StepRequest) -> StepArrays:
         """The fields of all microbatches of a step, one after the other along the first dimension."""
         consumed, num_microbatches = request
         first = consumed + (np.arange(num_microbatches) * self.dp_size + self.dp_rank) * self.micro_batch_size
         samples = (first[:, None] + np.arange(self.micro_batch_size)).ravel()
-        batch = self.objective.make_batch(self.mixture.read(samples))
+        objective = self.objective
+        if self.mask_prob_at is not None:
+            objective = with_mask_prob(objective, self.mask_prob_at(consumed))
+        batch = objective.make_batch(self.mixture.read(samples))
         values = ((field.name, getattr(batch, field.name)) for field in fields(Microbatch))
         return {name: value.numpy() for name, value in values if value is not None}
 
@@ -68,7 +74,16 @@ class LoaderSpec:
             micro_batch_size=self.config.training.micro_batch_size,
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
+            mask_prob_at=self._mask_prob_at,
         )
+
+    @property
+    def _mask_prob_at(self) -> Callable[[int], float] | None:
+        """The scheduled masking rate by consumed samples; validation has no schedule."""
+        schedule = find_schedules(self.config.objective).get("mask_prob")
+        if schedule is None or self.part != "train":
+            return None
+        return lambda consumed: schedule.value_at(count_completed_steps(self.config.training, consumed))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -123,6 +124,19 @@ def check_equal_on_all_ranks(lines: Sequence[str], what: str) -> None:
                 raise ConfigError(
                     f"{what}: rank {rank} has {other.strip()!r} and rank 0 has {mine.strip()!r}; start all ranks alike"
                 )
+
+
+def all_gather(tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """The tensors of all ranks, which have one shape, in the order of the group. No backward."""
+    gathered = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(gathered, tensor, group=group)
+    return gathered
+
+
+def broadcast(tensor: Tensor, source: int, group: ProcessGroup) -> Tensor:
+    """What rank `source` of the group holds, in place on the others; `tensor` itself is returned. No backward."""
+    dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
+    return tensor
 
 
 def _check_world_size(parallel: ParallelConfig, world_size: int) -> None:

@@ -13,6 +13,7 @@ from megatron_metro.analysis.cost import step_flops
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.batches import batch_size_at, count_steps, list_batch_sizes
 from megatron_metro.config.cli import format_config, save_config
+from megatron_metro.config.curriculum import objective_at, scheduled_values
 from megatron_metro.config.errors import MetroError
 from megatron_metro.config.files import check_writable
 from megatron_metro.config.schema import RunConfig
@@ -179,6 +180,7 @@ class Trainer:
         """One optimizer step on the next global batch; the rate is that of the updates completed before it."""
         microbatches = self._microbatches(self.train_loader, batch_size)
         set_learning_rate(self.engine.optimizer, self._learning_rate())
+        self.engine.set_step(self.state.iteration)
         result = self.engine.train_step(microbatches)
         self._has_stepped = True
         self.state = replace(
@@ -201,15 +203,17 @@ class Trainer:
         seconds, last = self.timer.lap(), window.results[-1].outcome
         logging, optimizer = self.run.logging, self.run.optimizer
         tflops = None
+        last_step = self.state.iteration - 1
         if logging.log_throughput:
-            tflops = tflops_per_device(step_flops(self.run, sum(window.batch_sizes)), seconds, self.groups.world_size)
+            run = replace(self.run, objective=objective_at(self.run.objective, last_step))
+            tflops = tflops_per_device(step_flops(run, sum(window.batch_sizes)), seconds, self.groups.world_size)
         self.reporter.step(
             StepReport(
                 iteration=self.state.iteration,
                 consumed_samples=self.state.consumed_samples,
                 learning_rate=self._learning_rate(),
                 global_batch_size=window.batch_sizes[-1],
-                metrics=window.mean_metrics(),
+                metrics=window.mean_metrics() | scheduled_values(self.run.objective, last_step),
                 loss_scale=last.loss_scale,
                 grad_norm=last.grad_norm,
                 params_norm=parameter_norm(self.engine.optimizer) if logging.log_params_norm else None,

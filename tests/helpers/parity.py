@@ -206,21 +206,26 @@ def _parameters(engine: Engine) -> dict[str, torch.nn.Parameter]:
 @torch.no_grad()
 def perturb(engine: Engine, scale: float = 0.05) -> None:
     """Add N(0, scale) to every weight, as a function of its name alone; padded vocabulary rows stay as they are."""
-    groups = engine.groups
     for piece in engine.pieces:
         for name, parameter in piece.named_parameters():
-            dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-            shape = list(parameter.shape)
-            if dim is not None:
-                shape[dim] *= groups.tp_size
-            rows = tiny.VOCAB_SIZE if has_vocabulary_rows(name) else shape[0]
-            noise = np.zeros(shape)
-            noise[:rows] = np.random.default_rng(crc32(name.encode())).normal(0, scale, [rows, *shape[1:]])
-            if dim is not None:
-                parts = np.split(noise, count_parts(name, engine.run.model), dim)
-                noise = np.concatenate([np.split(part, groups.tp_size, dim)[groups.tp_rank] for part in parts], dim)
-            parameter.add_(torch.from_numpy(noise).to(parameter.dtype))
+            parameter.add_(local_noise(engine, name, parameter, scale).to(parameter.dtype))
     engine.optimizer.reload_model_params()
+
+
+def local_noise(engine: Engine, name: str, parameter: torch.Tensor, scale: float, seed: str = "") -> torch.Tensor:
+    """This rank's part of a whole tensor of N(0, scale), a function of name and seed; zero in padded rows."""
+    groups = engine.groups
+    dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    shape = list(parameter.shape)
+    if dim is not None:
+        shape[dim] *= groups.tp_size
+    rows = tiny.VOCAB_SIZE if has_vocabulary_rows(name) else shape[0]
+    noise = np.zeros(shape)
+    noise[:rows] = np.random.default_rng(crc32((name + seed).encode())).normal(0, scale, [rows, *shape[1:]])
+    if dim is not None:
+        parts = np.split(noise, count_parts(name, engine.run.model), dim)
+        noise = np.concatenate([np.split(part, groups.tp_size, dim)[groups.tp_rank] for part in parts], dim)
+    return torch.from_numpy(noise)
 
 
 def _gather(engine: Engine, local: dict[str, torch.Tensor]) -> Arrays:

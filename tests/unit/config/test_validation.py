@@ -124,6 +124,7 @@ BAD = [  # processes, words on top of metro-tiny, parts of the message
     (1, "--train-iters none --train-samples 10", ["--train-samples 10", "at least 16"]),
     (1, "--train-iters 20", ["--lr-warmup-iters 20", "--lr-decay-iters 20", "give --lr-warmup-iters 2"]),
     (1, "--lr-decay-iters 10", ["--lr-warmup-iters 20", "--lr-decay-iters 10"]),
+    (1, "--optimizer adafactor --use-distributed-optimizer", ["--use-distributed-optimizer", "--optimizer adafactor"]),
     (1, "--min-lr 1", ["--min-lr 1", "--lr 0.001"]),
     (
         2,
