@@ -127,6 +127,11 @@ class ObjectiveConfig:
     lm_loss_weight: float = option(1.0, "weight of the decoder's corrective LM loss", minimum=0.0)
     weighted_lm_loss: bool = option(False, "multiply each token's LM loss by the predicted replaced-probability")
     eval_all_positions: bool = option(False, "unreplaced accuracy over all positions in validation, as the reference")
+    spactor_tau: int | None = option(
+        120_000,
+        "step at which SPACTOR drops its generator and goes on with span corruption alone; none: never",
+        minimum=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
