@@ -234,6 +234,11 @@ class ObjectiveConfig:
     mask_prob_schedule: str | None = option(
         None, "--mask-prob along the run, likewise; validation masks at --mask-prob (metro)"
     )
+    spactor_tau: int | None = option(
+        120_000,
+        "step at which SPACTOR drops its generator and goes on with span corruption alone; none: never",
+        minimum=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

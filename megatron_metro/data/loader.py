@@ -113,12 +113,14 @@ class StepLoader:
         self._ahead: deque[Microbatch] = deque()  # read already, the first of them after `_ahead_from` samples
         self._ahead_from = 0
         self._pending: deque[tuple[StepRequest, int]] = deque()  # request and the worker that has it
+        self._num_workers = num_workers
+        self._open = OpenReader(spec=spec)
         self._pool: WorkerPool[StepRequest, StepArrays] | None = None
-        if num_workers:
-            self._pool = WorkerPool(OpenReader(spec=spec), num_workers, "data", "spawn")
 
     def next_step(self, num_microbatches: int) -> list[Microbatch]:
         """The microbatches of the next step; samples of all data-parallel ranks count as consumed."""
+        if self._num_workers and self._pool is None:  # not before: the loaders of later stages have to wait
+            self._pool = WorkerPool(self._open, self._num_workers, "data", "spawn")
         request = (self.consumed_samples, num_microbatches)
         if self._pool is None:
             microbatches = self._read(num_microbatches)
