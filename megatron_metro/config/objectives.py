@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_metro.config.batches import count_steps
 from megatron_metro.config.legal import require
 from megatron_metro.config.lengths import measure_runs
 from megatron_metro.config.schema import RunConfig
@@ -65,6 +66,25 @@ def has_decoder(config: RunConfig) -> bool:
 def targets_are_masked_slots(config: RunConfig) -> bool:
     """Whether slot i of the LM head and slot i of the generator stand for the same token, for all i."""
     return OBJECTIVES[config.objective.objective].masks_tokens and config.objective.lm_targets != "all"
+
+
+def check_switch(config: RunConfig) -> None:
+    """SPACTOR's second stage starts from what its first one saves, the optimizer's state included."""
+    tau, num_steps = config.objective.spactor_tau, count_steps(config.training)
+    if config.objective.objective != "spactor" or not config.model.has_generator or tau is None:
+        return
+    if num_steps is None or num_steps <= tau:
+        return
+    checkpoint = config.checkpoint
+    require(
+        checkpoint.save is not None,
+        f"--spactor-tau {tau} is a save and a load within the {num_steps} steps of the run; give --save, or "
+        "--spactor-tau none",
+    )
+    require(
+        not checkpoint.no_save_optim,
+        f"--no-save-optim leaves out what the steps after --spactor-tau {tau} go on with; drop it",
+    )
 
 
 def check_data_of_objective(config: RunConfig) -> None:

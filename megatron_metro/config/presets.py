@@ -100,7 +100,7 @@ def _train_as_t5(run: RunConfig) -> RunConfig:
     return replace(
         run,
         model=replace(run.model, generator_num_layers=0, rtd_head="none", generator_embedding_sharing="token"),
-        objective=replace(run.objective, objective="t5-span"),
+        objective=replace(run.objective, objective="t5-metro"),
     )
 
 

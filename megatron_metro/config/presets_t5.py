@@ -1,7 +1,7 @@
 """Named runs of T5's family: T5 v1.0 and v1.1, and SPACTOR, which trains T5 v1.0 with a generator.
 
 Sizes are those of the published models, 32,128 rows of vocabulary included: 32,000 pieces, 100 sentinels and 28 rows
-that no token uses. Batch and length are those of the released checkpoints; the optimizer is AdamW with T5's schedule.
+that no token uses. Batch and length are those of the released checkpoints; the optimizer is T5's Adafactor.
 """
 
 from dataclasses import replace
@@ -40,7 +40,16 @@ def t5_base() -> RunConfig:
         ),
         objective=replace(run.objective, objective="t5-span"),
         tokenizer=replace(run.tokenizer, vocab_extra_ids=100),
-        optimizer=replace(run.optimizer, lr_decay_style="inverse-square-root", weight_decay=0.0),
+        # The rate 1 / sqrt(max(n, 10,000)) of T5, section 3.1.2, relative to the size of each parameter.
+        optimizer=replace(
+            run.optimizer,
+            optimizer="adafactor",
+            lr=0.01,
+            lr_decay_style="inverse-square-root",
+            lr_warmup_style="constant",
+            lr_warmup_iters=10_000,
+            weight_decay=0.0,
+        ),
         training=replace(run.training, global_batch_size=2048, train_iters=1_000_000),
     )
 
@@ -106,7 +115,8 @@ def spactor_base() -> RunConfig:
 
 def spactor_large() -> RunConfig:
     """SPACTOR large: T5 v1.0 large, a generator of 6 layers with feed-forward 2048, heads of their own."""
-    return _add_generator(t5_large(), num_layers=6, ffn_hidden_size=2048, rtd_width=4096)
+    run = _add_generator(t5_large(), num_layers=6, ffn_hidden_size=2048, rtd_width=4096)
+    return replace(run, objective=replace(run.objective, spactor_mask_prob=0.2))
 
 
 def _resize(
@@ -126,7 +136,7 @@ def _resize(
 
 
 def _add_generator(run: RunConfig, *, num_layers: int, ffn_hidden_size: int, rtd_width: int) -> RunConfig:
-    """SPACTOR's generator and heads on a T5, to be trained by the schema's objective."""
+    """SPACTOR's generator, heads and loss weights (equation 8) on a T5."""
     return replace(
         run,
         model=replace(
@@ -138,5 +148,5 @@ def _add_generator(run: RunConfig, *, num_layers: int, ffn_hidden_size: int, rtd
             rtd_head="gelu",
             rtd_head_hidden_size=rtd_width,
         ),
-        objective=RunConfig().objective,
+        objective=replace(run.objective, objective="spactor", rtd_loss_weight=10.0, lm_loss_weight=10.0),
     )

@@ -15,6 +15,7 @@ from megatron_metro.config.model_checks import (
     check_widths,
     derive_decoder_length,
 )
+from megatron_metro.config.objectives import check_switch
 from megatron_metro.config.schema import ParallelConfig, RunConfig, TrainingConfig
 
 
@@ -78,6 +79,7 @@ def require_training_inputs(config: RunConfig) -> None:
         tokenizer.tokenizer_type != "NullTokenizer" or config.model.vocab_size is not None,
         "--tokenizer-type NullTokenizer does not know the vocabulary; give --vocab-size",
     )
+    check_switch(config)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

@@ -184,7 +184,8 @@ def local_microbatches(case: Case, step: int, dp_rank: int, dp_size: int) -> lis
             run.objective, GLOBAL_BATCH_SIZE, seed, padded=case.padded, has_decoder=run.model.has_decoder
         )
     )
-    count = GLOBAL_BATCH_SIZE // (size * dp_size)
+    count, left = divmod(GLOBAL_BATCH_SIZE, size * dp_size)
+    assert left == 0, f"{dp_size} replicas cannot share {GLOBAL_BATCH_SIZE} sequences in microbatches of {size}"
     starts = [(j * dp_size + dp_rank) * size for j in range(count)]
     return [_rows(whole, start, start + size) for start in starts]
 
