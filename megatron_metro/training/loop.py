@@ -14,13 +14,14 @@ from megatron_metro.batch import Microbatch
 from megatron_metro.config.batches import batch_size_at, count_steps, list_batch_sizes
 from megatron_metro.config.cli import format_config, save_config
 from megatron_metro.config.errors import MetroError
+from megatron_metro.config.fields import list_settings, read_value
 from megatron_metro.config.files import check_writable
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.validation import data_parallel_size, require_training_inputs
 from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.device import Device, activate
 from megatron_metro.model.transformer_config import parameter_dtype
-from megatron_metro.parallel.groups import ParallelGroups, check_equal_on_all_ranks, initialise
+from megatron_metro.parallel.groups import ParallelGroups, initialise
 from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import Tokenizer, load_tokenizer
 from megatron_metro.training.checkpoint import load_checkpoint, save_checkpoint
@@ -76,9 +77,9 @@ def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
     train_loader, valid_loader = build_loaders(run, tokenizer, rank // tp_size % dp_size, dp_size)
     with closing(train_loader):
         check_folders(run)
-        groups = initialise(run.parallel, device, timedelta(minutes=run.parallel.distributed_timeout_minutes))
+        timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
+        groups = initialise(run.parallel, device, timeout, list_agreed(run, tokenizer, train_loader, valid_loader))
         try:
-            check_equal_on_all_ranks(format_config(run).splitlines(), "flags")
             Trainer(run, device, groups, tokenizer, train_loader, valid_loader).fit()
         except MetroError:  # on every rank alike; after any other error peers may wait in a collective, so just end
             groups.destroy()
@@ -96,6 +97,20 @@ def fit_to_machine(run: RunConfig, tokenizer: Tokenizer, device: Device) -> RunC
         model=replace(run.model, vocab_size=tokenizer.vocab_size),
         data=replace(run.data, num_workers=num_workers),
     )
+
+
+def list_agreed(
+    run: RunConfig, tokenizer: Tokenizer, train_loader: StepLoader, valid_loader: StepLoader | None
+) -> list[str]:
+    """What must be the same on all ranks: every flag, the tokenizer, the data that each of them reads by itself."""
+    flags = [f"{setting.flag} {read_value(run, setting)}" for setting in list_settings().values()]
+    stores = [
+        source.documents.store
+        for loader in (train_loader, valid_loader)
+        for source in (loader.mixture.sources if loader is not None else ())
+    ]
+    texts = [f"{store.prefix}.idx with checksum {store.content_sha256[:12]}" for store in stores]
+    return [*flags, f"a tokenizer with checksum {tokenizer.sha256[:12]}", *texts]
 
 
 def check_folders(run: RunConfig) -> None:
