@@ -216,6 +216,7 @@ COMMANDS = [
     ("inspect_data", "--part test", 64, ["--part", "'test'"]),
     ("plan", "--layout-tabel --preset metro-base", 64, ["'--layout-tabel'", "--layout-table"]),
     ("plan", "--layout-table --preset metro-bse", 64, ["'metro-bse'", "metro-base"]),
+    ("plan", "--layout-table --preset metro-base --vocab-size 16777217", 64, ["--vocab-size", "at most 16777216"]),
     ("plot_run", "{tmp}/no", 65, ["no", "give the folder of a run"]),
     ("plot_run", "{saved} --ouput {tmp}/a.png", 64, ["'--ouput'", "--output"]),
     ("plot_run", "{saved} --output {text}/a.png", 74, ["text.jsonl/a.png"]),
