@@ -111,7 +111,10 @@ class ModelConfig:
         0.02, "standard deviation of `--init-method normal` and of METRO's generator", above=0.0
     )
     vocab_size: int | None = option(
-        None, "rows of the token matrix, sentinels included; the tokenizer's when not given", minimum=1
+        None,
+        "rows of the token matrix, sentinels included; the tokenizer's when not given",
+        minimum=1,
+        maximum=16_777_216,  # what three base-256 digits of a pipeline message address
     )
     make_vocab_size_divisible_by: int = option(
         128, "pad the token matrix so that each rank holds a multiple of this", minimum=128

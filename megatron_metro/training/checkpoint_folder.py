@@ -32,7 +32,7 @@ def check_save_folder(save: str, start_iteration: int) -> None:
     if newest > start_iteration:
         raise CheckpointError(
             f"--save {save}: holds iteration {newest}, but this run starts at {start_iteration}; "
-            f"load the newest step (--load {save} without --ckpt-step), or save into another folder"
+            f"load that step (--load {save} --ckpt-step {newest}), or save into another folder"
         )
 
 

@@ -17,13 +17,14 @@ from megatron_metro.config.batches import batch_size_at, count_steps, list_batch
 from megatron_metro.config.cli import format_config, save_config
 from megatron_metro.config.curriculum import objective_at, scheduled_values
 from megatron_metro.config.errors import MetroError
+from megatron_metro.config.fields import list_settings, read_value
 from megatron_metro.config.files import check_writable
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.validation import data_parallel_size, require_training_inputs
 from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.device import Device, activate
 from megatron_metro.model.transformer_config import parameter_dtype
-from megatron_metro.parallel.groups import ParallelGroups, check_equal_on_all_ranks, initialise
+from megatron_metro.parallel.groups import ParallelGroups, initialise
 from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import Tokenizer, load_tokenizer
 from megatron_metro.training.checkpoint import load_checkpoint, save_checkpoint
@@ -81,9 +82,9 @@ def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
     for stage in stages:
         plan_layout(stage)
     loaders = [open_loaders(stage) for stage in stages]
-    groups = initialise(run.parallel, device, timedelta(minutes=run.parallel.distributed_timeout_minutes))
+    timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
+    groups = initialise(run.parallel, device, timeout, list_agreed(run, tokenizer, *loaders[0]))
     try:
-        check_equal_on_all_ranks(format_config(run).splitlines(), "flags")
         if run.checkpoint.save is not None and rank == 0:
             save_config(run, Path(run.checkpoint.save) / "config.yaml")
         for stage, (train_loader, valid_loader) in zip(stages, loaders):
@@ -109,6 +110,20 @@ def fit_to_machine(run: RunConfig, tokenizer: Tokenizer, device: Device) -> RunC
         model=replace(run.model, vocab_size=run.model.vocab_size or tokenizer.vocab_size),
         data=replace(run.data, num_workers=num_workers),
     )
+
+
+def list_agreed(
+    run: RunConfig, tokenizer: Tokenizer, train_loader: StepLoader, valid_loader: StepLoader | None
+) -> list[str]:
+    """What must be the same on all ranks: every flag, the tokenizer, the data that each of them reads by itself."""
+    flags = [f"{setting.flag} {read_value(run, setting)}" for setting in list_settings().values()]
+    stores = [
+        source.documents.store
+        for loader in (train_loader, valid_loader)
+        for source in (loader.mixture.sources if loader is not None else ())
+    ]
+    texts = [f"{store.prefix}.idx with checksum {store.content_sha256[:12]}" for store in stores]
+    return [*flags, f"a tokenizer with checksum {tokenizer.sha256[:12]}", *texts]
 
 
 def check_folders(run: RunConfig) -> int:
