@@ -8,7 +8,7 @@ from megatron_metro.config.batches import count_steps
 from megatron_metro.config.legal import require
 from megatron_metro.config.lengths import measure_runs
 from megatron_metro.config.schema import RunConfig
-from megatron_metro.config.spans import count_noise, metro_span_lengths, most_empty_spans, span_lengths
+from megatron_metro.config.spans import count_noise, metro_span_lengths, span_lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +29,7 @@ def _count_spans(config: RunConfig) -> int:
 
 def _count_metro_spans(config: RunConfig) -> int:
     objective, length = config.objective, config.data.encoder_seq_length
-    lengths = metro_span_lengths(length, objective.mask_prob, objective.mean_noise_span_length)
-    return lengths.num_starts + most_empty_spans(length, objective.mask_prob)
+    return metro_span_lengths(length, objective.mask_prob, objective.mean_noise_span_length).num_spans
 
 
 def _count_runs(config: RunConfig) -> int:
