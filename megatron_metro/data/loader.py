@@ -145,7 +145,9 @@ class StepLoader:
             self._ahead.clear()
         missing = num_microbatches - len(self._ahead)
         if missing > 0:
-            num_read = max(missing, READ_AHEAD_BLOCKS // self._reader.micro_batch_size)
+            # Steps of a schedule differ in their masking rate.
+            num_ahead = 0 if self._reader.mask_prob_at else READ_AHEAD_BLOCKS // self._reader.micro_batch_size
+            num_read = max(missing, num_ahead)
             first = self.consumed_samples + self._count_samples(len(self._ahead))
             self._ahead += _split(self._reader.read((first, num_read)), num_read)
         self._ahead_from = self.consumed_samples + self._count_samples(num_microbatches)

@@ -197,7 +197,7 @@ def build_metro(run: RunConfig, vocabulary: Vocabulary) -> MetroObjective:
         vocabulary=vocabulary,
         sequence_length=run.data.encoder_seq_length,
         mask_prob=config.mask_prob,
-        largest_mask_prob=largest_values(config).mask_prob,
+        largest_mask_prob=largest_values(config).mask_prob if config.mask_prob_schedule else None,
         mask_token_prob=config.mask_token_prob,
         mask_random_prob=config.mask_random_prob,
         mask_special_tokens=config.mask_special_tokens,

@@ -109,7 +109,7 @@ def test_metro_s_recipes(name):
     assert (o.weight_decay, o.adam_beta1, o.adam_beta2, o.adam_eps) == (0.01, 0.9, 0.98, 1e-6)
     assert (o.lr_decay_style, o.min_lr, o.fp16) == ("linear", 0.0, False)
     objective = run.objective
-    assert objective.objective == ("t5-span" if name in CONTROLS else "metro")
+    assert objective.objective == ("t5-metro" if name in CONTROLS else "metro")
     assert (objective.mlm_loss_weight, objective.rtd_loss_weight, objective.lm_loss_weight) == (1.0, 50.0, 1.0)
     assert not objective.weighted_lm_loss
 
@@ -121,9 +121,12 @@ def test_t5_s_recipe(name):
     assert (o.lr_decay_style, o.lr_warmup_iters, o.weight_decay) == ("inverse-square-root", 10_000, 0.0)
     assert (t.train_iters, t.global_batch_size, run.data.encoder_seq_length) == (1_000_000, 2048, 512)
     assert run.tokenizer.vocab_extra_ids == 100
-    if not name.startswith("spactor"):
-        assert run.objective.objective == "t5-span"
-        assert resolve(run, 1).data.decoder_seq_length == 114
+    assert (o.optimizer, o.lr, o.lr_warmup_style) == ("adafactor", 0.01, "constant")
+    assert run.objective.objective == ("spactor" if name.startswith("spactor") else "t5-span")
+    assert resolve(run, 1).data.decoder_seq_length == 114
+    if name.startswith("spactor"):
+        weights = (run.objective.mlm_loss_weight, run.objective.rtd_loss_weight, run.objective.lm_loss_weight)
+        assert weights == (1.0, 10.0, 10.0)
 
 
 @pytest.mark.parametrize("name", PRESETS)
