@@ -2,11 +2,10 @@
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,27 +76,37 @@ def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
     run = fit_to_machine(run, tokenizer, device)
     tp_size = run.parallel.tensor_model_parallel_size
     dp_size = data_parallel_size(run.parallel, world_size)
-    open_loaders = partial(build_loaders, tokenizer=tokenizer, dp_rank=rank // tp_size % dp_size, dp_size=dp_size)
     stages = list_stages(run, check_folders(run))
     for stage in stages:
         plan_layout(stage)
-    loaders = [open_loaders(stage) for stage in stages]
+    loaders = [build_loaders(stage, tokenizer, rank // tp_size % dp_size, dp_size) for stage in stages]
     timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
     groups = initialise(run.parallel, device, timeout, list_agreed(run, tokenizer, *loaders[0]))
     try:
         if run.checkpoint.save is not None and rank == 0:
             save_config(run, Path(run.checkpoint.save) / "config.yaml")
-        for stage, (train_loader, valid_loader) in zip(stages, loaders):
-            with closing(train_loader):
-                trainer = Trainer(stage, device, groups, tokenizer, train_loader, valid_loader)
-                trainer.fit()
-            if trainer.is_told_to_exit:
-                break
-            trainer.close()
+        train_stages(stages, loaders, device, groups, tokenizer)
     except MetroError:  # on every rank alike; after any other error peers may wait in a collective, so just end
         groups.destroy()
         raise
     groups.destroy()
+
+
+def train_stages(
+    stages: Sequence[RunConfig],
+    loaders: Sequence[tuple[StepLoader, StepLoader | None]],
+    device: Device,
+    groups: ParallelGroups,
+    tokenizer: Tokenizer,
+) -> None:
+    """One stage of a run after the other, each with a model of its own, or up to where --exit-interval ends it all."""
+    for stage, (train_loader, valid_loader) in zip(stages, loaders, strict=True):
+        with closing(train_loader):
+            trainer = Trainer(stage, device, groups, tokenizer, train_loader, valid_loader)
+            trainer.fit()
+            trainer.close()
+        if trainer.is_told_to_exit:
+            return
 
 
 def fit_to_machine(run: RunConfig, tokenizer: Tokenizer, device: Device) -> RunConfig:
