@@ -1,6 +1,7 @@
 """Sizes of the global batch along a run and the number of its steps: pure arithmetic on resolved settings."""
 
 from bisect import bisect_left
+from dataclasses import replace
 from functools import partial
 
 from megatron_metro.config.schema import TrainingConfig
@@ -43,6 +44,13 @@ def count_steps(training: TrainingConfig) -> int | None:
         taken = min(remaining, _count_steps_of(training, size, consumed_samples))
         num_steps += taken
         consumed_samples += taken * size
+    return num_steps
+
+
+def count_completed_steps(training: TrainingConfig, consumed_samples: int) -> int:
+    """Steps that have taken so many samples from the start of the run on."""
+    num_steps = count_steps(replace(training, train_iters=None, train_samples=consumed_samples))
+    assert num_steps is not None
     return num_steps
 
 

@@ -36,10 +36,10 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished temporary file its final name; both survive a loss of power from then on."""
-    _synchronise(temporary)
+    """Give a finished temporary file or folder its final name; both survive a loss of power from then on."""
+    synchronise(temporary)
     temporary.replace(path)
-    _synchronise(path.parent)
+    synchronise(path.parent)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -61,7 +61,8 @@ def check_writable(folder: Path, flag: str) -> None:
         ) from error
 
 
-def _synchronise(path: Path) -> None:
+def synchronise(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -52,7 +52,6 @@ FIXED: dict[str, tuple[tuple[str, ...], str]] = {
     "--num-distributed-optimizer-instances": (("1",), "the optimizer is sharded over all data-parallel ranks"),
     "--transformer-impl": (("local",), "layers are built from megatron-core's local modules"),
     "--attention-backend": (("auto", "local", "unfused"), "the relative bias needs unfused attention"),
-    "--optimizer": (("adam",), "AdamW is the only optimizer"),
     "--ckpt-format": (("torch_dist",), "checkpoints are sharded and load at every layout"),
     "--dataloader-type": (("single",), "samples come in one order that every layout shares"),
 }

@@ -1,9 +1,10 @@
 """Sequence lengths and slot counts that follow from a run's objective: what fixes every static shape and FLOP count."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from megatron_metro.config.curriculum import largest_values
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.spans import count_noise, drop_lengths, metro_span_lengths, span_lengths
 
@@ -29,7 +30,8 @@ class Measures(NamedTuple):
 
 def static_lengths(config: RunConfig) -> Lengths:
     """Lengths of what the loader delivers, whose slots suffice for the largest count a block can draw."""
-    return MEASURES[config.objective.objective](config).static
+    largest = replace(config, objective=largest_values(config.objective))
+    return MEASURES[config.objective.objective](largest).static
 
 
 def mean_lengths(config: RunConfig) -> Lengths:

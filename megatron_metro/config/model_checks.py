@@ -1,6 +1,7 @@
 """Checks of what is trained: the model, its lengths and its objective, also against the tensor-parallel size."""
 
 from megatron_metro.config.chain import Network
+from megatron_metro.config.curriculum import largest_values
 from megatron_metro.config.legal import nearest_divisors, nearest_multiples, require
 from megatron_metro.config.lengths import static_lengths
 from megatron_metro.config.network_sizes import network_sizes
@@ -126,7 +127,7 @@ def check_lengths(config: RunConfig) -> None:
 
 def check_objective(config: RunConfig) -> None:
     """The objective has what it trains and the sentinels it writes."""
-    objective, model, extra_ids = config.objective, config.model, config.tokenizer.vocab_extra_ids
+    objective, model, extra_ids = largest_values(config.objective), config.model, config.tokenizer.vocab_extra_ids
     require(
         model.vocab_size is None or model.vocab_size > extra_ids,
         f"--vocab-size {model.vocab_size} counts the sentinels too and must exceed --vocab-extra-ids {extra_ids}; give "
@@ -147,6 +148,15 @@ def check_objective(config: RunConfig) -> None:
         "--weighted-lm-loss needs a replaced-token-detection head, found --rtd-head "
         f"{model.rtd_head} and --generator-num-layers {model.generator_num_layers}; drop it or give both",
     )
+    for schedule, is_trained, missing in (
+        ("mlm_loss_weight_schedule", model.has_generator, "a generator; raise --generator-num-layers"),
+        ("rtd_loss_weight_schedule", model.has_rtd_head, "an RTD head; give --rtd-head and --generator-num-layers"),
+    ):
+        text = getattr(objective, schedule)
+        require(
+            text is None or is_trained,
+            f"--{schedule.replace('_', '-')} {text} weighs a loss that needs {missing}, or drop the schedule",
+        )
     require(
         objective.lm_loss_weight > 0 or model.has_generator,
         f"--lm-loss-weight 0 leaves --objective {objective.objective} without a generator nothing to train; give 1.0",

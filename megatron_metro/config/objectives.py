@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_metro.config.batches import count_steps
 from megatron_metro.config.legal import require
 from megatron_metro.config.lengths import measure_runs
 from megatron_metro.config.schema import RunConfig
-from megatron_metro.config.spans import count_noise, metro_span_lengths, most_empty_spans, span_lengths
+from megatron_metro.config.spans import count_noise, metro_span_lengths, span_lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +29,7 @@ def _count_spans(config: RunConfig) -> int:
 
 def _count_metro_spans(config: RunConfig) -> int:
     objective, length = config.objective, config.data.encoder_seq_length
-    lengths = metro_span_lengths(length, objective.mask_prob, objective.mean_noise_span_length)
-    return lengths.num_starts + most_empty_spans(length, objective.mask_prob)
+    return metro_span_lengths(length, objective.mask_prob, objective.mean_noise_span_length).num_spans
 
 
 def _count_runs(config: RunConfig) -> int:
@@ -67,6 +67,25 @@ def targets_are_masked_slots(config: RunConfig) -> bool:
     return OBJECTIVES[config.objective.objective].masks_tokens and config.objective.lm_targets != "all"
 
 
+def check_switch(config: RunConfig) -> None:
+    """SPACTOR's second stage starts from what its first one saves, the optimizer's state included."""
+    tau, num_steps = config.objective.spactor_tau, count_steps(config.training)
+    if config.objective.objective != "spactor" or not config.model.has_generator or tau is None:
+        return
+    if num_steps is None or num_steps <= tau:
+        return
+    checkpoint = config.checkpoint
+    require(
+        checkpoint.save is not None,
+        f"--spactor-tau {tau} is a save and a load within the {num_steps} steps of the run; give --save, or "
+        "--spactor-tau none",
+    )
+    require(
+        not checkpoint.no_save_optim,
+        f"--no-save-optim leaves out what the steps after --spactor-tau {tau} go on with; drop it",
+    )
+
+
 def check_data_of_objective(config: RunConfig) -> None:
     """The objective gets the model, the blocks and the sentinels it needs, and no flag that it does not heed."""
     objective, num_layers = config.objective, config.model.generator_num_layers
@@ -86,6 +105,11 @@ def check_data_of_objective(config: RunConfig) -> None:
     require(
         needs.masks_tokens or not objective.mask_spans,
         f"--mask-spans changes what metro and electra mask, found {name}; drop it",
+    )
+    require(
+        needs.masks_tokens or objective.mask_prob_schedule is None,
+        f"--mask-prob-schedule {objective.mask_prob_schedule} would change the lengths of {name}, which are static; "
+        "drop it, or give --objective metro",
     )
     require(
         needs.takes_lines or config.data.block_mode == "full",

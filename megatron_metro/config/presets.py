@@ -1,8 +1,9 @@
-"""Named runs: functions, each changing a few fields of another (reference facts, sections 1.1 and 5)."""
+"""Named runs: functions, each changing a few fields of another. METRO's are here (reference sections 1.1 and 5)."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
+from megatron_metro.config import presets_t5
 from megatron_metro.config.schema import RunConfig
 
 
@@ -84,10 +85,43 @@ def metro_xl() -> RunConfig:
     )
 
 
+def t5_metro_base() -> RunConfig:
+    """The METRO paper's control at base: METRO's encoder-decoder alone, trained as a T5 (reference section 5)."""
+    return _train_as_t5(metro_base())
+
+
+def t5_metro_base_plus_plus() -> RunConfig:
+    """The METRO paper's control at base++: 64k vocabulary, 2,000,000 steps, no clipping; it too ran in FP16."""
+    run = _train_as_t5(metro_base_plus_plus())
+    return replace(run, optimizer=replace(run.optimizer, clip_grad=0.0, bf16=False))
+
+
+def _train_as_t5(run: RunConfig) -> RunConfig:
+    return replace(
+        run,
+        model=replace(run.model, generator_num_layers=0, rtd_head="none", generator_embedding_sharing="token"),
+        objective=replace(run.objective, objective="t5-metro"),
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "metro-tiny": metro_tiny,
     "metro-base": metro_base,
     "metro-base++": metro_base_plus_plus,
     "metro-large++": metro_large_plus_plus,
     "metro-xl": metro_xl,
+    "t5-metro-base": t5_metro_base,
+    "t5-metro-base++": t5_metro_base_plus_plus,
+    "t5-small": presets_t5.t5_small,
+    "t5-base": presets_t5.t5_base,
+    "t5-large": presets_t5.t5_large,
+    "t5-3b": presets_t5.t5_3b,
+    "t5-11b": presets_t5.t5_11b,
+    "t5-v1.1-small": presets_t5.t5_v1_1_small,
+    "t5-v1.1-base": presets_t5.t5_v1_1_base,
+    "t5-v1.1-large": presets_t5.t5_v1_1_large,
+    "t5-v1.1-xl": presets_t5.t5_v1_1_xl,
+    "t5-v1.1-xxl": presets_t5.t5_v1_1_xxl,
+    "spactor-base": presets_t5.spactor_base,
+    "spactor-large": presets_t5.spactor_large,
 }

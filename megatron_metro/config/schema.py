@@ -111,7 +111,10 @@ class ModelConfig:
         0.02, "standard deviation of `--init-method normal` and of METRO's generator", above=0.0
     )
     vocab_size: int | None = option(
-        None, "rows of the token matrix, sentinels included; the tokenizer's when not given", minimum=1
+        None,
+        "rows of the token matrix, sentinels included; the tokenizer's when not given",
+        minimum=1,
+        maximum=16_777_216,  # what three base-256 digits of a pipeline message address
     )
     make_vocab_size_divisible_by: int = option(
         128, "pad the token matrix so that each rank holds a multiple of this", minimum=128
@@ -224,6 +227,21 @@ class ObjectiveConfig:
         "sum",
         "spactor's losses: sums over tokens per sequence, as in the paper, or means over tokens, as in all others",
     )
+    mlm_loss_weight_schedule: str | None = option(
+        None, "--mlm-loss-weight along the run: STEP:VALUE,STEP:VALUE,..., linear between the points"
+    )
+    rtd_loss_weight_schedule: str | None = option(
+        None, "--rtd-loss-weight along the run, as 0:0,10000:50 for a rise over 10,000 steps"
+    )
+    lm_loss_weight_schedule: str | None = option(None, "--lm-loss-weight along the run, likewise")
+    mask_prob_schedule: str | None = option(
+        None, "--mask-prob along the run, likewise; validation masks at --mask-prob (metro)"
+    )
+    spactor_tau: int | None = option(
+        120_000,
+        "step at which SPACTOR drops its generator and goes on with span corruption alone; none: never",
+        minimum=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,8 +311,9 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW, its learning rate schedule and numeric precision. Weight decay is applied to all parameters."""
+    """The optimizer, its learning rate schedule and numeric precision. Weight decay is applied to all parameters."""
 
+    optimizer: Literal["adam", "adafactor"] = option("adam", "AdamW, or Adafactor as T5 and SPACTOR were trained with")
     lr: float = option(4e-4, "peak learning rate", above=0.0)
     min_lr: float = option(0.0, "lowest learning rate of the decay", minimum=0.0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = option(
@@ -307,6 +326,22 @@ class OptimizerConfig:
     adam_beta1: float = option(0.9, "decay of the first moment", minimum=0.0, below=1.0)
     adam_beta2: float = option(0.98, "decay of the second moment", minimum=0.0, below=1.0)
     adam_eps: float = option(1e-6, "epsilon of Adam", above=0.0)
+    adafactor_decay_rate: float = option(
+        0.8, "Adafactor's second moment decays by 1 - step^-rate", minimum=0.0, maximum=1.0
+    )
+    adafactor_relative_step: bool = option(
+        True, "Adafactor's step is at most step^-1/2, as torch's; --lr alone decides when off (T5)"
+    )
+    adafactor_scale_parameter: bool = option(
+        True, "multiply Adafactor's step by the root mean square of the matrix it moves"
+    )
+    adafactor_eps1: float = option(
+        1e-15, "Adafactor's smallest root of a second moment: that of T5's 1e-30", minimum=1e-18, maximum=1.0
+    )
+    adafactor_eps2: float = option(1e-3, "least root mean square of --adafactor-scale-parameter", above=0.0)
+    adafactor_clip_threshold: float = option(
+        1.0, "largest root mean square of one matrix's update in Adafactor", minimum=1.0
+    )
     clip_grad: float = option(
         0.0, "largest global gradient norm; 0 switches clipping off (the norm is still reported)", minimum=0.0
     )

@@ -25,6 +25,7 @@ class MetroSpanLengths(NamedTuple):
 
     longest_span: int  # nominal lengths are uniform from 1 to this
     num_starts: int
+    num_spans: int  # sentinels of both kinds of span
     decoder_length: int  # suffices for any draw: noise tokens, sentinels of both kinds of span, closing token
     mean_target_length: float
 
@@ -78,13 +79,21 @@ def metro_span_lengths(length: int, mask_prob: float, mean_span: float) -> Metro
     # Empty spans fill the budget up, so noise and empty spans together stay within the larger of the two.
     budget = math.ceil(mask_prob * length)
     most_targets = max(most_noise, min(budget, most_noise + most_empty_spans(length, mask_prob)))
-    decoder_length = most_targets + min(math.ceil(starts), length) + 1
+    # A span that runs over the end of the block goes on at its beginning, where it is one more.
+    most_runs = min(math.ceil(starts) + 1, length)
+    decoder_length = most_targets + most_runs + 1
 
     density = starts / length
     kept = math.prod(1 - density * (longest - grown) / longest for grown in range(longest))
     noise = length * (1 - kept)
     empty = min(max(mask_prob * length - noise, 0.0), most_empty_spans(length, mask_prob))
-    return MetroSpanLengths(longest, math.ceil(starts), decoder_length, noise + starts * kept + empty + 1)
+    return MetroSpanLengths(
+        longest_span=longest,
+        num_starts=math.ceil(starts),
+        num_spans=most_runs + most_empty_spans(length, mask_prob),
+        decoder_length=decoder_length,
+        mean_target_length=noise + starts * kept + empty + 1,
+    )
 
 
 def expect_metro_starts(length: int, mask_prob: float, longest_span: int) -> float:

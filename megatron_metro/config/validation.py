@@ -15,6 +15,7 @@ from megatron_metro.config.model_checks import (
     check_widths,
     derive_decoder_length,
 )
+from megatron_metro.config.objectives import check_switch
 from megatron_metro.config.schema import ParallelConfig, RunConfig, TrainingConfig
 
 
@@ -53,7 +54,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_pipeline(config, world_size)
     _check_overlap(config.parallel)
     _check_precision(config)
-    _check_schedule(config)
+    _check_optimizer(config)
     _check_data(config)
     _check_checkpoints(config)
 
@@ -78,6 +79,7 @@ def require_training_inputs(config: RunConfig) -> None:
         tokenizer.tokenizer_type != "NullTokenizer" or config.model.vocab_size is not None,
         "--tokenizer-type NullTokenizer does not know the vocabulary; give --vocab-size",
     )
+    check_switch(config)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -203,8 +205,13 @@ def _check_precision(config: RunConfig) -> None:
     )
 
 
-def _check_schedule(config: RunConfig) -> None:
+def _check_optimizer(config: RunConfig) -> None:
     optimizer = config.optimizer
+    require(
+        optimizer.optimizer != "adafactor" or not config.parallel.use_distributed_optimizer,
+        "--use-distributed-optimizer cuts parameters anywhere, found --optimizer adafactor, which needs whole rows and "
+        "columns and shards its state by whole parameters anyway; drop --use-distributed-optimizer",
+    )
     decay, warmup = optimizer.lr_decay_iters, optimizer.lr_warmup_iters
     require(
         decay is None or warmup < decay,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -100,8 +100,36 @@ def _unpack(raw: BinaryIO, path: Path) -> BinaryIO:
     if suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if suffix == ".zst":
-        return cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return cast(BinaryIO, _ZstdStream(raw))
     return raw
+
+
+class _ZstdStream:
+    """The unpacked bytes of all frames of a file; zstandard's own reader takes a cut frame for a whole one."""
+
+    _READ_BYTES = 2**13  # of the packed file at once: what unpacks to very much more stays within memory
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: Any = None  # the frame that has begun and not ended
+        self._packed, self._unpacked = b"", bytearray()
+
+    def read(self, size: int) -> bytes:
+        """So many bytes, fewer only at the end; EOFError where the file ends within a frame."""
+        while len(self._unpacked) < size and (packed := self._packed or self._raw.read(self._READ_BYTES)):
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._unpacked += self._frame.decompress(packed)
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        if len(self._unpacked) < size and self._frame is not None:
+            raise EOFError("Compressed file ended before the end of its last frame")
+        found = bytes(self._unpacked[:size])
+        del self._unpacked[:size]
+        return found
+
+    def close(self) -> None:
+        """Whoever opened the packed file closes it."""
 
 
 def _cut_chunks(path: Path, raw: BinaryIO, stream: BinaryIO, is_json: bool) -> Iterator[Chunk]:

@@ -25,7 +25,10 @@ def describe_samples(loader: StepLoader, tokenizer: Tokenizer, num_samples: int)
 
 def _describe_row(batch: Microbatch, row: int, tokenizer: Tokenizer) -> Iterator[str]:
     def show(tokens: torch.Tensor) -> str:
-        return tokenizer.decode([i for i in tokens.tolist() if i != tokenizer.pad_id], show_special=True)
+        ids = tokens.tolist()
+        # Pad before the end means something: T5's decoder starts with it.
+        end = max((i + 1 for i, token in enumerate(ids) if token != tokenizer.pad_id), default=0)
+        return tokenizer.decode(ids[:end], show_special=True)
 
     if batch.generator_tokens is not None and batch.masked_slots is not None and batch.masked_valid is not None:
         yield f"generator sees:  {show(batch.generator_tokens[row])}"
@@ -35,10 +38,14 @@ def _describe_row(batch: Microbatch, row: int, tokenizer: Tokenizer) -> Iterator
         yield f"encoder reads, with the generator's token in each [slot]:  {marked}"
     else:
         yield f"encoder reads:   {show(batch.encoder_tokens[row])}"
-    yield f"decoder reads:   {show(batch.decoder_tokens[row])}"
+    has_decoder = batch.decoder_tokens.shape[1] > 0
+    if has_decoder:
+        yield f"decoder reads:   {show(batch.decoder_tokens[row])}"
     valid = batch.target_valid[row]
     targets = zip(batch.target_slots[row][valid].tolist(), batch.target_ids[row][valid].tolist())
-    yield "decoder writes:  " + " ".join(f"{slot}:{tokenizer.piece(token)}" for slot, token in targets)
+    yield ("decoder writes:  " if has_decoder else "encoder writes:  ") + " ".join(
+        f"{slot}:{tokenizer.piece(token)}" for slot, token in targets
+    )
 
 
 def _describe_shares(batches: list[Microbatch], tokenizer: Tokenizer) -> Iterator[str]:
@@ -51,10 +58,11 @@ def _describe_shares(batches: list[Microbatch], tokenizer: Tokenizer) -> Iterato
     if batches[0].generator_tokens is None:
         return
     seen, original = (torch.cat(parts) for parts in zip(*map(_masked_tokens, batches)))
-    is_mask, is_kept = seen == tokenizer.sentinel_ids[0], seen == original
+    mask_id = tokenizer.vocabulary.masked_id
+    is_mask, is_kept = seen == mask_id, seen == original
     yield (
         f"masked: {len(seen) / len(text):.2%} of tokens, of which the generator sees {is_mask.double().mean():.1%} as "
-        f"{tokenizer.piece(tokenizer.sentinel_ids[0])}, {is_kept.double().mean():.1%} unchanged and "
+        f"{tokenizer.piece(mask_id)}, {is_kept.double().mean():.1%} unchanged and "
         f"{(~is_mask & ~is_kept).double().mean():.1%} as another token"
     )
 

@@ -13,11 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_metro.batch import Microbatch
+from megatron_metro.config.batches import count_completed_steps
+from megatron_metro.config.curriculum import find_schedules
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.mixture import Mixture, Part, TextFacts, build_mixture
-from megatron_metro.data.objectives import Objective, build_objective
+from megatron_metro.data.objectives import Objective, build_objective, with_mask_prob
 from megatron_metro.data.workers import WorkerPool
 from megatron_metro.tokenizer import Tokenizer
+
+# Blocks read at once where a step has fewer: what a call costs whatever its size is then shared by many blocks.
+READ_AHEAD_BLOCKS = 64
 
 StepRequest = tuple[int, int]  # consumed samples, number of microbatches
 StepArrays = dict[str, NDArray]
@@ -32,13 +37,17 @@ class StepReader:
     micro_batch_size: int
     dp_rank: int
     dp_size: int
+    mask_prob_at: Callable[[int], float] | None = None  # by consumed samples; None: the objective's own
 
     def read(self, request: StepRequest) -> StepArrays:
         """The fields of all microbatches of a step, one after the other along the first dimension."""
         consumed, num_microbatches = request
         first = consumed + (np.arange(num_microbatches) * self.dp_size + self.dp_rank) * self.micro_batch_size
         samples = (first[:, None] + np.arange(self.micro_batch_size)).ravel()
-        batch = self.objective.make_batch(self.mixture.read(samples))
+        objective = self.objective
+        if self.mask_prob_at is not None:
+            objective = with_mask_prob(objective, self.mask_prob_at(consumed))
+        batch = objective.make_batch(self.mixture.read(samples))
         values = ((field.name, getattr(batch, field.name)) for field in fields(Microbatch))
         return {name: value.numpy() for name, value in values if value is not None}
 
@@ -65,7 +74,16 @@ class LoaderSpec:
             micro_batch_size=self.config.training.micro_batch_size,
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
+            mask_prob_at=self._mask_prob_at,
         )
+
+    @property
+    def _mask_prob_at(self) -> Callable[[int], float] | None:
+        """The scheduled masking rate by consumed samples; validation has no schedule."""
+        schedule = find_schedules(self.config.objective).get("mask_prob")
+        if schedule is None or self.part != "train":
+            return None
+        return lambda consumed: schedule.value_at(count_completed_steps(self.config.training, consumed))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,24 +100,34 @@ class OpenReader:
 
 
 class StepLoader:
-    """Hands out the microbatches of each step; with workers, the following steps are prepared meanwhile."""
+    """Hands out the microbatches of each step.
+
+    With workers, the following steps are prepared meanwhile; without, small steps are read several at once.
+    """
 
     def __init__(self, reader: StepReader, spec: LoaderSpec, num_workers: int) -> None:
         self.consumed_samples = 0
         self.mixture = reader.mixture
         self.objective = reader.objective
         self._reader = reader
+        self._ahead: deque[Microbatch] = deque()  # read already, the first of them after `_ahead_from` samples
+        self._ahead_from = 0
         self._pending: deque[tuple[StepRequest, int]] = deque()  # request and the worker that has it
+        self._num_workers = num_workers
+        self._open = OpenReader(spec=spec)
         self._pool: WorkerPool[StepRequest, StepArrays] | None = None
-        if num_workers:
-            self._pool = WorkerPool(OpenReader(spec=spec), num_workers, "data", "spawn")
 
     def next_step(self, num_microbatches: int) -> list[Microbatch]:
         """The microbatches of the next step; samples of all data-parallel ranks count as consumed."""
+        if self._num_workers and self._pool is None:  # not before: the loaders of later stages have to wait
+            self._pool = WorkerPool(self._open, self._num_workers, "data", "spawn")
         request = (self.consumed_samples, num_microbatches)
-        arrays = self._reader.read(request) if self._pool is None else self._fetch(self._pool, request)
+        if self._pool is None:
+            microbatches = self._read(num_microbatches)
+        else:
+            microbatches = _split(self._fetch(self._pool, request), num_microbatches)
         self.consumed_samples += self._count_samples(num_microbatches)
-        return _split(arrays, num_microbatches)
+        return microbatches
 
     def rewind(self, consumed_samples: int) -> None:
         """Continue after so many consumed samples, as a resumed run and every validation do."""
@@ -110,6 +138,20 @@ class StepLoader:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+
+    def _read(self, num_microbatches: int) -> list[Microbatch]:
+        """The next microbatches, of a step or of several: which they are does not depend on how they are read."""
+        if self._ahead_from != self.consumed_samples:
+            self._ahead.clear()
+        missing = num_microbatches - len(self._ahead)
+        if missing > 0:
+            # Steps of a schedule differ in their masking rate.
+            num_ahead = 0 if self._reader.mask_prob_at else READ_AHEAD_BLOCKS // self._reader.micro_batch_size
+            num_read = max(missing, num_ahead)
+            first = self.consumed_samples + self._count_samples(len(self._ahead))
+            self._ahead += _split(self._reader.read((first, num_read)), num_read)
+        self._ahead_from = self.consumed_samples + self._count_samples(num_microbatches)
+        return [self._ahead.popleft() for _ in range(num_microbatches)]
 
     def _fetch(self, pool: WorkerPool[StepRequest, StepArrays], request: StepRequest) -> StepArrays:
         # Steps are prepared in the belief that their number of microbatches stays. After a rewind or a ramp-up of the

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
+from megatron_metro.config.curriculum import largest_values
 from megatron_metro.config.lengths import count_slots
 from megatron_metro.config.objectives import has_decoder
 from megatron_metro.config.schema import RunConfig
@@ -57,6 +58,7 @@ class MetroObjective:
     has_generator: bool = True
     has_decoder: bool = True
     is_padded: bool = False  # complete_doc: blocks may end early
+    largest_mask_prob: float | None = None  # of a schedule, whose steps all have as many slots as this needs
 
     @property
     def raw_length(self) -> int:
@@ -70,7 +72,7 @@ class MetroObjective:
 
     def shape(self, micro_batch_size: int) -> MicrobatchShape:
         """Shape of every microbatch; generator, where there is one, and LM head share the slots unless all count."""
-        num_slots = count_slots(self.sequence_length, self.mask_prob)
+        num_slots = self._num_slots
         decoder_length = num_slots if self.lm_targets == "masked-only" else self.sequence_length
         return MicrobatchShape(
             micro_batch_size=micro_batch_size,
@@ -79,6 +81,10 @@ class MetroObjective:
             num_masked_slots=num_slots if self.has_generator else 0,
             num_target_slots=self.sequence_length if self.lm_targets == "all" else num_slots,
         )
+
+    @property
+    def _num_slots(self) -> int:
+        return count_slots(self.sequence_length, self.largest_mask_prob or self.mask_prob)
 
     def make_batch(self, blocks: Blocks) -> Microbatch:
         """The microbatch of these blocks; row i depends on row i alone."""
@@ -112,7 +118,7 @@ class MetroObjective:
         tokens, length = blocks.tokens, self.sequence_length
         words = draw_words(blocks.keys, Purpose.MASK, 3 * length + 1)
         chosen = self._choose_positions(blocks, words)
-        slots, valid = list_slots(chosen, count_slots(length, self.mask_prob))
+        slots, valid = list_slots(chosen, self._num_slots)
         ids = np.where(valid, take_slots(tokens, slots), self.vocabulary.pad_id)
         corrupted = corrupt_tokens(
             ids,
@@ -191,6 +197,7 @@ def build_metro(run: RunConfig, vocabulary: Vocabulary) -> MetroObjective:
         vocabulary=vocabulary,
         sequence_length=run.data.encoder_seq_length,
         mask_prob=config.mask_prob,
+        largest_mask_prob=largest_values(config).mask_prob if config.mask_prob_schedule else None,
         mask_token_prob=config.mask_token_prob,
         mask_random_prob=config.mask_random_prob,
         mask_special_tokens=config.mask_special_tokens,

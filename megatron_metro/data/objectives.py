@@ -4,6 +4,7 @@ An objective states how many tokens a block has, the shape of what it makes, and
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
@@ -11,8 +12,8 @@ from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.blocks import Blocks
-from megatron_metro.data.metro_objective import build_metro
-from megatron_metro.data.metro_span_objective import build_metro_spans
+from megatron_metro.data.metro_objective import MetroObjective, build_metro
+from megatron_metro.data.metro_spans import build_metro_spans
 from megatron_metro.data.spactor_objective import build_spactor
 from megatron_metro.data.span_objective import build_spans
 from megatron_metro.data.survey_objectives import (
@@ -72,3 +73,9 @@ def build_objective(run: RunConfig, vocabulary: Vocabulary) -> Objective:
             f"{data.encoder_seq_length} writes {needed}: leave it out"
         )
     return objective
+
+
+def with_mask_prob(objective: Objective, mask_prob: float) -> Objective:
+    """The same objective, with the same shapes, at another masking rate of its schedule."""
+    assert isinstance(objective, MetroObjective), "--mask-prob-schedule is refused for other objectives"
+    return replace(objective, mask_prob=mask_prob)

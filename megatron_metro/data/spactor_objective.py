@@ -1,6 +1,6 @@
 """SPACTOR: T5's span corruption, and masks on what it leaves. Letters: b blocks, s positions, t decoder positions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,8 @@ from megatron_metro.config.spans import SpanLengths, span_lengths
 from megatron_metro.data.blocks import Blocks, map_rows
 from megatron_metro.data.masking import draw_uniforms, list_slots, round_counts, take_slots
 from megatron_metro.data.randomness import Purpose, choose, draw_words, to_uniforms
-from megatron_metro.data.span_objective import SpanObjective, build_spans, check_spans, corrupt_spans
-from megatron_metro.data.text_to_text import every_slot, shift_right
+from megatron_metro.data.span_objective import build_spans, check_spans, corrupt_spans
+from megatron_metro.data.text_to_text import TextToTextObjective, every_slot, shift_right
 from megatron_metro.tokenizer import Vocabulary
 
 
@@ -58,18 +58,16 @@ class SpactorObjective:
 
     def make_batch(self, blocks: Blocks) -> Microbatch:
         """The microbatch of these blocks; row i depends on row i alone."""
-        encoder_tokens, decoder_tokens, targets, *masks = map_rows(blocks, self._make_rows)
+        tokens, decoder_tokens, targets, generator_tokens, slots, ids, valid, uniforms = map_rows(
+            blocks, self._make_rows
+        )
         target_slots, target_valid = every_slot(targets)
-        batch = Microbatch(
-            encoder_tokens=encoder_tokens,
+        return Microbatch(
+            encoder_tokens=tokens,
             decoder_tokens=decoder_tokens,
             target_slots=target_slots,
             target_ids=targets,
             target_valid=target_valid,
-        )
-        generator_tokens, slots, ids, valid, uniforms = masks
-        return replace(
-            batch,
             generator_tokens=generator_tokens,
             masked_slots=slots,
             masked_ids=ids,
@@ -98,7 +96,7 @@ class SpactorObjective:
         )
 
 
-def build_spactor(run: RunConfig, vocabulary: Vocabulary) -> SpactorObjective | SpanObjective:
+def build_spactor(run: RunConfig, vocabulary: Vocabulary) -> SpactorObjective | TextToTextObjective:
     """`spactor` as a run asks for it: without a generator span corruption alone, as after its stage switch."""
     if not run.model.has_generator:
         return build_spans(run, vocabulary)

@@ -1,71 +1,20 @@
-"""T5's span corruption: blocks of tokens to microbatches.
+"""T5's span corruption: blocks of tokens to two sides, and the objective `t5-span`.
 
-Letters: b blocks, n tokens of a block, s encoder positions, t decoder positions.
+</s> ends both sides; the library's arithmetic leaves no padding and no final sentinel. With T5's vocabulary sentinels
+count down from the last id and pad starts the decoder. With METRO's they count up: the i-th span (from 1) is <sen00i>,
+and <sen000> starts the decoder. Letters: b blocks, n tokens of a block, s encoder positions, t decoder positions.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_metro.batch import Microbatch, MicrobatchShape
 from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.spans import SpanLengths, span_lengths
-from megatron_metro.data.blocks import Blocks, map_rows
+from megatron_metro.data.blocks import Blocks
 from megatron_metro.data.masking import Ids, Mask, mark_spans, split_randomly
 from megatron_metro.data.randomness import BlockKeys, Purpose, draw_words
-from megatron_metro.data.text_to_text import every_slot, require_sentinels, shift_right
+from megatron_metro.data.text_to_text import TextToTextObjective, full_sides, require_sentinels
 from megatron_metro.tokenizer import Vocabulary
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SpanObjective:
-    """T5's span corruption with the library's arithmetic: </s> ends both sides, no final sentinel.
-
-    With T5's vocabulary sentinels count down from the last id and pad starts the decoder. With METRO's they count up:
-    the i-th span (from 1) is <sen00i>, and <sen000> starts the decoder.
-    """
-
-    vocabulary: Vocabulary
-    lengths: SpanLengths
-    encoder_length: int
-
-    @property
-    def raw_length(self) -> int:
-        """Tokens of a block before corruption."""
-        return self.lengths.raw_length
-
-    @property
-    def has_bos(self) -> bool:
-        """T5 has no <s>."""
-        return False
-
-    def shape(self, micro_batch_size: int) -> MicrobatchShape:
-        """Shape of every microbatch; all decoder positions are targets."""
-        return MicrobatchShape(
-            micro_batch_size=micro_batch_size,
-            encoder_length=self.encoder_length,
-            decoder_length=self.lengths.decoder_length,
-            num_masked_slots=0,
-            num_target_slots=self.lengths.decoder_length,
-        )
-
-    def make_batch(self, blocks: Blocks) -> Microbatch:
-        """The microbatch of these blocks; row i depends on row i alone."""
-        encoder_tokens, decoder_tokens, targets = map_rows(blocks, self._make_rows)
-        slots, valid = every_slot(targets)
-        return Microbatch(
-            encoder_tokens=encoder_tokens,
-            decoder_tokens=decoder_tokens,
-            target_slots=slots,
-            target_ids=targets,
-            target_valid=valid,
-        )
-
-    def _make_rows(self, blocks: Blocks) -> tuple[NDArray, ...]:
-        encoder_tokens, targets = corrupt_spans(blocks, self.lengths, self.vocabulary)
-        return encoder_tokens, shift_right(targets, self.vocabulary.decoder_start_id), targets
 
 
 def corrupt_spans(blocks: Blocks, lengths: SpanLengths, vocabulary: Vocabulary) -> tuple[Ids, Ids]:
@@ -108,17 +57,23 @@ def replace_spans(
     return encoder_tokens, targets
 
 
-def build_spans(run: RunConfig, vocabulary: Vocabulary) -> SpanObjective:
+def build_spans(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
     """`t5-span` as a run asks for it."""
     length, objective = run.data.encoder_seq_length, run.objective
     lengths = span_lengths(length, objective.mask_prob, objective.mean_noise_span_length)
     return build_span_objective(lengths, length, vocabulary)
 
 
-def build_span_objective(lengths: SpanLengths, encoder_length: int, vocabulary: Vocabulary) -> SpanObjective:
+def build_span_objective(lengths: SpanLengths, encoder_length: int, vocabulary: Vocabulary) -> TextToTextObjective:
     """Span corruption with a vocabulary's sentinels; ConfigError when spans do not fit or sentinels do not suffice."""
     check_spans(lengths, vocabulary)
-    return SpanObjective(vocabulary=vocabulary, lengths=lengths, encoder_length=encoder_length)
+    return TextToTextObjective(
+        vocabulary=vocabulary,
+        raw_length=lengths.raw_length,
+        encoder_length=encoder_length,
+        decoder_length=lengths.decoder_length,
+        corrupt=lambda blocks: full_sides(*corrupt_spans(blocks, lengths, vocabulary)),
+    )
 
 
 def check_spans(lengths: SpanLengths, vocabulary: Vocabulary, num_masks: int = 0) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -69,10 +70,13 @@ def find_place() -> tuple[int, int]:
     return int(rank), int(world_size)
 
 
-def initialise(parallel: ParallelConfig, device: Device, timeout: timedelta = DEFAULT_TIMEOUT) -> ParallelGroups:
+def initialise(
+    parallel: ParallelConfig, device: Device, timeout: timedelta = DEFAULT_TIMEOUT, agreed: Sequence[str] = ()
+) -> ParallelGroups:
     """Join the job that torchrun describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or start a job of one process.
 
-    Raises ConfigError when the number of processes does not fit the layout.
+    `agreed` are lines that must be the same on all ranks. Raises ConfigError when they are not, or when the number of
+    processes does not fit the layout.
     """
     _, world_size = find_place()
     _check_world_size(parallel, world_size)
@@ -81,6 +85,12 @@ def initialise(parallel: ParallelConfig, device: Device, timeout: timedelta = DE
         dist.init_process_group(device.backend, init_method="env://", timeout=timeout)
     else:
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        # Before any further group: ranks of unlike layouts would wait for each other in groups that never form.
+        _check_equal_on_all_ranks(agreed)
+    except ConfigError:
+        dist.destroy_process_group()
+        raise
     return _initialise_model_parallel(parallel, timeout)
 
 
@@ -113,16 +123,27 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor
 
 
-def check_equal_on_all_ranks(lines: Sequence[str], what: str) -> None:
+def _check_equal_on_all_ranks(lines: Sequence[str]) -> None:
     """Raise ConfigError on every rank where the lines of one differ from those of rank 0. Collective."""
     everything: list[Sequence[str]] = [()] * dist.get_world_size()
     dist.all_gather_object(everything, lines)
     for rank, others in enumerate(everything):
         for mine, other in zip_longest(everything[0], others, fillvalue="nothing"):
             if mine != other:
-                raise ConfigError(
-                    f"{what}: rank {rank} has {other.strip()!r} and rank 0 has {mine.strip()!r}; start all ranks alike"
-                )
+                raise ConfigError(f"rank {rank} has {other} and rank 0 has {mine}; start all ranks alike")
+
+
+def all_gather(tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """The tensors of all ranks, which have one shape, in the order of the group. No backward."""
+    gathered = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(gathered, tensor, group=group)
+    return gathered
+
+
+def broadcast(tensor: Tensor, source: int, group: ProcessGroup) -> Tensor:
+    """What rank `source` of the group holds, in place on the others; `tensor` itself is returned. No backward."""
+    dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
+    return tensor
 
 
 def _check_world_size(parallel: ParallelConfig, world_size: int) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from megatron_metro.config.presets import metro_base
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.validation import resolve
-from megatron_metro.data.loader import StepLoader, build_loaders
+from megatron_metro.data.loader import READ_AHEAD_BLOCKS, StepLoader, build_loaders
 from megatron_metro.data.objectives import build_objective
 from megatron_metro.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
 from megatron_metro.data.vocabulary_training import VocabularyOptions, train_vocabulary, write_vocabulary
@@ -39,6 +39,10 @@ TRAINED_CHARACTERS = 500_000
 NUM_PIECES = 3000
 NUM_SENTINELS = 128
 BLOCKS_PER_CALL = 256
+BLOCKS_PER_SMALL_CALL = 8  # as the step of one small microbatch
+BATCH_LENGTH = 256  # tokens of the blocks that batches are made of; loaders and peers read 512
+ObjectiveName: TypeAlias = Literal["metro", "t5-span", "spactor"]
+OBJECTIVES: tuple[ObjectiveName, ...] = ("metro", "t5-span", "spactor")
 WAITING = Workload()  # whose step waits for its batch
 
 Report = Callable[[str], None]
@@ -60,11 +64,9 @@ def measure_data(
     """The benchmark's result; `folder` takes a few files. Rates are per second of one processor."""
     groups, text = start_process(), write_text(folder)
     prefixes, rates = _time_preprocessing(text, folder, num_rounds, report)
-    runs = {
-        "metro": _run_on(prefixes[0], text.tokenizer, "metro"),
-        "t5-span": _run_on(prefixes[0], text.tokenizer, "t5-span"),
-    }
-    contestants = {f"{name}_batches": _build_batch_maker(run) for name, run in runs.items()}
+    runs = {name: _run_on(prefixes[0], text.tokenizer, name) for name in OBJECTIVES}
+    contestants = {f"{name}_batches": _build_batch_maker(run, BLOCKS_PER_CALL) for name, run in runs.items()}
+    contestants |= {f"{n}_small_batches": _build_batch_maker(run, BLOCKS_PER_SMALL_CALL) for n, run in runs.items()}
     contestants |= {f"{name}_loader": _build_reader(run, text.tokenizer) for name, run in runs.items()}
     contestants |= {name: build(prefixes[1], text.tokenizer, BLOCKS_PER_CALL) for name, build in peers.items()}
     timings = time_side_by_side(contestants, num_rounds, num_warmups, report)
@@ -72,17 +74,19 @@ def measure_data(
     medians = {name: statistics.median(taken) for name, taken in blocks.items()}
     waiting = time_side_by_side(_build_waiting(prefixes[0], text.tokenizer, groups), num_rounds, num_warmups, report)
     load, step = (statistics.median(timing.processor for timing in waiting[name]) for name in ("load", "step"))
+    figures = {"blocks": "batches", "small_call_blocks": "small_batches", "loader_blocks": "loader"}
     return {
-        "metro_blocks_per_second": round(medians["metro_batches"]),
-        "t5_span_blocks_per_second": round(medians["t5-span_batches"]),
-        "metro_loader_blocks_per_second": round(medians["metro_loader"]),
-        "t5_span_loader_blocks_per_second": round(medians["t5-span_loader"]),
+        **{
+            f"{name.replace('-', '_')}_{figure}_per_second": round(medians[f"{name}_{contestant}"])
+            for name in runs
+            for figure, contestant in figures.items()
+        },
         "preprocess_tokens_per_cpu_second": round(statistics.median(rates)),
-        "loader_wait_percent": round(100 * load / step, 4),
+        "loader_wait_percent": round(100 * load / _steps_read_at_once(WAITING.micro_batch_size) / step, 4),
         "t5_span_loader_speedup": {name: round(medians["t5-span_loader"] / medians[name], 1) for name in peers},
         "blocks_per_second": {name: summarise(taken) for name, taken in blocks.items()},
         "preprocess_rates": summarise(rates),
-        "block_length": {name: run.data.encoder_seq_length for name, run in runs.items()},
+        "block_length": {"batches": BATCH_LENGTH} | {name: run.data.encoder_seq_length for name, run in runs.items()},
     }
 
 
@@ -129,10 +133,10 @@ def _preprocess(text: BenchmarkText, folder: Path, *, split_lines: bool) -> Prep
     return preprocess(options, text.tokenizer, lambda _: None)
 
 
-def _run_on(prefix: str, tokenizer: Tokenizer, objective: Literal["metro", "t5-span"]) -> RunConfig:
-    """METRO base's blocks, or T5's, of this text."""
+def _run_on(prefix: str, tokenizer: Tokenizer, objective: ObjectiveName) -> RunConfig:
+    """METRO base's blocks, T5's or SPACTOR's, of this text."""
     run = metro_base()
-    model = run.model if objective == "metro" else replace(run.model, generator_num_layers=0)
+    model = replace(run.model, generator_num_layers=0) if objective == "t5-span" else run.model
     return resolve(
         replace(
             run,
@@ -145,10 +149,16 @@ def _run_on(prefix: str, tokenizer: Tokenizer, objective: Literal["metro", "t5-s
     )
 
 
-def _build_batch_maker(run: RunConfig) -> Step:
-    """Blocks that lie in memory to a microbatch: corruption alone."""
-    objective, blocks = build_objective(run, benchmark_vocabulary(run)), draw_blocks(run, BLOCKS_PER_CALL)
-    return lambda: objective.make_batch(blocks)
+def _build_batch_maker(run: RunConfig, blocks_per_call: int) -> Step:
+    """Blocks that lie in memory to microbatches, so many at once: corruption alone."""
+    run = replace(run, data=replace(run.data, encoder_seq_length=BATCH_LENGTH, decoder_seq_length=None))
+    objective, blocks = build_objective(run, benchmark_vocabulary(run)), draw_blocks(run, blocks_per_call)
+
+    def make_batches() -> None:
+        for _ in range(BLOCKS_PER_CALL // blocks_per_call):
+            objective.make_batch(blocks)
+
+    return make_batches
 
 
 def _build_reader(run: RunConfig, tokenizer: Tokenizer) -> Step:
@@ -165,7 +175,7 @@ def open_loader(run: RunConfig, tokenizer: Tokenizer) -> StepLoader:
 
 
 def _build_waiting(prefix: str, tokenizer: Tokenizer, groups: ParallelGroups) -> dict[str, Step]:
-    """The step of the step benchmark, and making its batch on the spot."""
+    """The step of the step benchmark, and making on the spot the batches of the steps that are read at once."""
     run = metro_run(WAITING)
     reading = replace(
         run,
@@ -174,4 +184,15 @@ def _build_waiting(prefix: str, tokenizer: Tokenizer, groups: ParallelGroups) ->
         training=replace(run.training, eval_iters=0),
     )
     loader = open_loader(reading, tokenizer)
-    return {"load": lambda: loader.next_step(1), "step": build_step(run, groups)}
+    num_steps = _steps_read_at_once(run.training.micro_batch_size)
+
+    def load() -> None:
+        for _ in range(num_steps):
+            loader.next_step(1)
+
+    return {"load": load, "step": build_step(run, groups)}
+
+
+def _steps_read_at_once(micro_batch_size: int) -> int:
+    """Steps of one microbatch that the loader reads ahead."""
+    return max(1, READ_AHEAD_BLOCKS // micro_batch_size)

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,7 @@ from megatron_metro.training.random_state import read_random_states, restore_ran
 from megatron_metro.training.state import TrainState
 
 _RANDOM_PREFIX = "random."
+_FIRST_STAGE_WEIGHTS = ("generator.", "mlm_head.", "rtd_head.")
 # What a damaged or foreign file makes torch, pickle and core raise; torch's own derives from BaseException.
 _READ_ERRORS = (
     CheckpointException,
@@ -127,7 +129,7 @@ def load_checkpoint(
     random_tensors = []
     if not is_new_run and document["layout"] == _layout(config, groups, kind):
         random_tensors = _random_tensors(kind, groups)
-    _check_contents(folder, [*weights, *random_tensors], may_leave_weights=is_new_run)
+    _check_contents(folder, [*weights, *random_tensors], partial(_may_be_left, config))
     _read_tensors(folder, [*weights, *random_tensors])
     if random_tensors:
         restore_random_states({tensor.key.removeprefix(_RANDOM_PREFIX): tensor.data[0] for tensor in random_tensors})
@@ -218,7 +220,16 @@ def _random_tensors(kind: str, groups: ParallelGroups) -> list[ShardedTensor]:
     ]
 
 
-def _check_contents(folder: Path, wanted: Sequence[ShardedTensor], *, may_leave_weights: bool) -> None:
+def _may_be_left(config: RunConfig, key: str) -> bool:
+    """Whether a weight of the step may have no place in this model.
+
+    A new run takes what it finds. SPACTOR's second stage drops what only its first one trains.
+    """
+    is_second_stage = config.objective.objective == "spactor" and not config.model.has_generator
+    return config.checkpoint.finetune or (is_second_stage and key.startswith(_FIRST_STAGE_WEIGHTS))
+
+
+def _check_contents(folder: Path, wanted: Sequence[ShardedTensor], may_be_left: Callable[[str], bool]) -> None:
     """Compare names and shapes with what the step holds, on all ranks together, before anything is changed."""
     try:
         found = dist_checkpointing.load_tensors_metadata(str(folder))
@@ -230,7 +241,8 @@ def _check_contents(folder: Path, wanted: Sequence[ShardedTensor], *, may_leave_
     problem = next((text for text, _ in answers if text), None)
     left = {key for key in found if not key.startswith((OPTIMIZER_PREFIX, _RANDOM_PREFIX))}
     left -= set().union(*(keys for _, keys in answers))
-    if problem is None and left and not may_leave_weights:
+    left = {key for key in left if not may_be_left(key)}
+    if problem is None and left:
         problem = f"holds {min(left)} ({len(left)} such tensors), which this model has not"
     if problem is not None:
         raise CheckpointError(f"{folder}: {problem}; use the configuration it was saved with, or another step")

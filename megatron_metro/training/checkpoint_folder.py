@@ -5,11 +5,11 @@ whole step or none at any moment.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_metro.config import files
 from megatron_metro.config.errors import CheckpointError
 from megatron_metro.config.schema import CheckpointConfig
 
@@ -32,7 +32,7 @@ def check_save_folder(save: str, start_iteration: int) -> None:
     if newest > start_iteration:
         raise CheckpointError(
             f"--save {save}: holds iteration {newest}, but this run starts at {start_iteration}; "
-            f"load the newest step (--load {save} without --ckpt-step), or save into another folder"
+            f"load that step (--load {save} --ckpt-step {newest}), or save into another folder"
         )
 
 
@@ -73,24 +73,9 @@ def publish(temporary: Path, final: Path, document: dict[str, Any]) -> None:
     """Make a complete step durable, then visible, then the one to resume from."""
     (temporary / _STATE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
     for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
-    temporary.rename(final)
-    _sync(final.parent)
-    tracker = final.parent / TRACKER
-    replacement = tracker.with_name(f"{TRACKER}.partial")
-    replacement.write_text(str(document["train"]["iteration"]), encoding="utf-8")
-    _sync(replacement)
-    replacement.replace(tracker)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        files.synchronise(file)
+    files.publish(temporary, final)
+    files.write_atomically(final.parent / TRACKER, str(document["train"]["iteration"]).encode())
 
 
 def _saved_iterations(folder: Path) -> list[int]:

@@ -18,6 +18,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
+from megatron_metro.config.curriculum import objective_at
 from megatron_metro.config.payload import payload_rows
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.terms import target_kind
@@ -45,6 +46,7 @@ class Engine:
         self, run: RunConfig, layout: StageLayout, groups: ParallelGroups, dtype: torch.dtype, pad_id: int
     ) -> None:
         self.run, self.layout, self.groups = run, layout, groups
+        self.objective = objective_at(run.objective, 0)
         self.pieces = build_pieces(run, layout, groups, dtype, pad_id)
         # Before the data-parallel wrapper, which reads the marks of shared weights when it lays out its buckets.
         self.shared = SharedWeights(shared_weights(layout, run.model), layout, self.pieces, groups)
@@ -53,6 +55,10 @@ class Engine:
         self.core_config = get_model_config(self.chunks[0])
         self.communicator = StaticShapeCommunicator(groups.pp_group, self.core_config) if groups.pp_size > 1 else None
         self._connect_hooks()
+
+    def set_step(self, step: int) -> None:
+        """Take up the loss weights of the step that follows `step` completed ones."""
+        self.objective = objective_at(self.run.objective, step)
 
     def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
         """Forward and backward over this data-parallel rank's microbatches, then one optimizer update."""
@@ -100,7 +106,7 @@ class Engine:
         """All microbatches through the schedule; the loss terms of all stages, summed over the world."""
         counts = all_reduce_sum(count_tokens(microbatches), self.groups.dp_group)
         losses = StepLosses(
-            self.run.objective,
+            self.objective,
             counts,
             loss_scale=self.optimizer.get_loss_scale(),
             has_lm_head=self.run.model.has_lm_head,

@@ -1,10 +1,12 @@
 """fit(): load, step, report, validate, save. Reads top to bottom."""
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +15,16 @@ from megatron_metro.analysis.cost import step_flops
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.batches import batch_size_at, count_steps, list_batch_sizes
 from megatron_metro.config.cli import format_config, save_config
+from megatron_metro.config.curriculum import objective_at, scheduled_values
 from megatron_metro.config.errors import MetroError
+from megatron_metro.config.fields import list_settings, read_value
 from megatron_metro.config.files import check_writable
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.validation import data_parallel_size, require_training_inputs
 from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.device import Device, activate
 from megatron_metro.model.transformer_config import parameter_dtype
-from megatron_metro.parallel.groups import ParallelGroups, check_equal_on_all_ranks, initialise
+from megatron_metro.parallel.groups import ParallelGroups, initialise
 from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import Tokenizer, load_tokenizer
 from megatron_metro.training.checkpoint import load_checkpoint, save_checkpoint
@@ -29,6 +33,7 @@ from megatron_metro.training.engine import Engine, StepResult
 from megatron_metro.training.optimizer import parameter_norm, set_learning_rate
 from megatron_metro.training.reporting import Reporter, StepReport, check_tensorboard
 from megatron_metro.training.schedule import learning_rate
+from megatron_metro.training.stages import list_stages
 from megatron_metro.training.state import TrainState
 from megatron_metro.training.throughput import StepTimer, peak_tflops, tflops_per_device
 
@@ -70,20 +75,29 @@ def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
     torch.use_deterministic_algorithms(run.training.deterministic_mode)
     tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
     run = fit_to_machine(run, tokenizer, device)
-    plan_layout(run)
     tp_size = run.parallel.tensor_model_parallel_size
     dp_size = data_parallel_size(run.parallel, world_size)
-    train_loader, valid_loader = build_loaders(run, tokenizer, rank // tp_size % dp_size, dp_size)
-    with closing(train_loader):
-        check_folders(run)
-        groups = initialise(run.parallel, device, timedelta(minutes=run.parallel.distributed_timeout_minutes))
-        try:
-            check_equal_on_all_ranks(format_config(run).splitlines(), "flags")
-            Trainer(run, device, groups, tokenizer, train_loader, valid_loader).fit()
-        except MetroError:  # on every rank alike; after any other error peers may wait in a collective, so just end
-            groups.destroy()
-            raise
+    open_loaders = partial(build_loaders, tokenizer=tokenizer, dp_rank=rank // tp_size % dp_size, dp_size=dp_size)
+    stages = list_stages(run, check_folders(run))
+    for stage in stages:
+        plan_layout(stage)
+    loaders = [open_loaders(stage) for stage in stages]
+    timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
+    groups = initialise(run.parallel, device, timeout, list_agreed(run, tokenizer, *loaders[0]))
+    try:
+        if run.checkpoint.save is not None and rank == 0:
+            save_config(run, Path(run.checkpoint.save) / "config.yaml")
+        for stage, (train_loader, valid_loader) in zip(stages, loaders):
+            with closing(train_loader):
+                trainer = Trainer(stage, device, groups, tokenizer, train_loader, valid_loader)
+                trainer.fit()
+            if trainer.is_told_to_exit:
+                break
+            trainer.close()
+    except MetroError:  # on every rank alike; after any other error peers may wait in a collective, so just end
         groups.destroy()
+        raise
+    groups.destroy()
 
 
 def fit_to_machine(run: RunConfig, tokenizer: Tokenizer, device: Device) -> RunConfig:
@@ -98,8 +112,22 @@ def fit_to_machine(run: RunConfig, tokenizer: Tokenizer, device: Device) -> RunC
     )
 
 
-def check_folders(run: RunConfig) -> None:
-    """Find out before anything starts that --load has the step, that --save is not beyond it and can be written."""
+def list_agreed(
+    run: RunConfig, tokenizer: Tokenizer, train_loader: StepLoader, valid_loader: StepLoader | None
+) -> list[str]:
+    """What must be the same on all ranks: every flag, the tokenizer, the data that each of them reads by itself."""
+    flags = [f"{setting.flag} {read_value(run, setting)}" for setting in list_settings().values()]
+    stores = [
+        source.documents.store
+        for loader in (train_loader, valid_loader)
+        for source in (loader.mixture.sources if loader is not None else ())
+    ]
+    texts = [f"{store.prefix}.idx with checksum {store.content_sha256[:12]}" for store in stores]
+    return [*flags, f"a tokenizer with checksum {tokenizer.sha256[:12]}", *texts]
+
+
+def check_folders(run: RunConfig) -> int:
+    """The step to start from, found before anything starts: --load has it, --save is not beyond it and writable."""
     checkpoint, iteration = run.checkpoint, 0
     if checkpoint.load is not None:
         step = find_step(checkpoint)
@@ -110,6 +138,7 @@ def check_folders(run: RunConfig) -> None:
         check_writable(Path(checkpoint.save), "--save")
     if run.logging.tensorboard_dir is not None:
         check_writable(Path(run.logging.tensorboard_dir), "--tensorboard-dir")
+    return iteration
 
 
 class Trainer:
@@ -153,12 +182,16 @@ class Trainer:
         self.reporter.phase("after training is done")
         self.reporter.close()
 
+    def close(self) -> None:
+        """Free the model, its gradients and the optimizer's state before another stage builds its own."""
+        self.engine.close()
+        del self.engine
+        gc.collect()
+
     def _announce(self) -> None:
         self.reporter.message(format_config(self.run))
         self.reporter.message(f"layout: {self.engine.layout.format()}")
         self.reporter.message(self._describe_start())
-        if self.run.checkpoint.save is not None and self.groups.rank == 0:
-            save_config(self.run, Path(self.run.checkpoint.save) / "config.yaml")
 
     def _describe_start(self) -> str:
         """Where the run begins, and from what: a mistyped --load must not pass for a resumed run."""
@@ -170,15 +203,20 @@ class Trainer:
         left = max(0, self.train_iters - iteration)
         return f"successfully loaded checkpoint from {load} at iteration {iteration}: {left} iterations are left"
 
+    @property
+    def is_told_to_exit(self) -> bool:
+        """Whether --exit-interval ends the command at this step."""
+        exit_interval = self.run.training.exit_interval
+        return exit_interval is not None and self._has_stepped and self.state.iteration % exit_interval == 0
+
     def _is_finished(self) -> bool:
-        exit_interval, iteration = self.run.training.exit_interval, self.state.iteration
-        is_told_to_exit = exit_interval is not None and self._has_stepped and iteration % exit_interval == 0
-        return iteration >= self.train_iters or is_told_to_exit
+        return self.state.iteration >= self.train_iters or self.is_told_to_exit
 
     def _step(self, batch_size: int) -> StepResult:
         """One optimizer step on the next global batch; the rate is that of the updates completed before it."""
         microbatches = self._microbatches(self.train_loader, batch_size)
         set_learning_rate(self.engine.optimizer, self._learning_rate())
+        self.engine.set_step(self.state.iteration)
         result = self.engine.train_step(microbatches)
         self._has_stepped = True
         self.state = replace(
@@ -201,15 +239,17 @@ class Trainer:
         seconds, last = self.timer.lap(), window.results[-1].outcome
         logging, optimizer = self.run.logging, self.run.optimizer
         tflops = None
+        last_step = self.state.iteration - 1
         if logging.log_throughput:
-            tflops = tflops_per_device(step_flops(self.run, sum(window.batch_sizes)), seconds, self.groups.world_size)
+            run = replace(self.run, objective=objective_at(self.run.objective, last_step))
+            tflops = tflops_per_device(step_flops(run, sum(window.batch_sizes)), seconds, self.groups.world_size)
         self.reporter.step(
             StepReport(
                 iteration=self.state.iteration,
                 consumed_samples=self.state.consumed_samples,
                 learning_rate=self._learning_rate(),
                 global_batch_size=window.batch_sizes[-1],
-                metrics=window.mean_metrics(),
+                metrics=window.mean_metrics() | scheduled_values(self.run.objective, last_step),
                 loss_scale=last.loss_scale,
                 grad_norm=last.grad_norm,
                 params_norm=parameter_norm(self.engine.optimizer) if logging.log_params_norm else None,

@@ -1,4 +1,4 @@
-"""Weights and Adam state as pieces of whole-model tensors, which any layout can write and any other can read.
+"""Weights and optimizer state as pieces of whole-model tensors, which any layout can write and any other can read.
 
 Core's own paths do not meet: the plain optimizers and the distributed one use different keys, the latter's
 `fully_reshardable` form fails with torch's Adam, and flattened shards are no longer supported. Here every state tensor
@@ -7,12 +7,14 @@ parameter; a range of a row-major tensor is a handful of boxes (part of a row, w
 checkpoint format stores as they are. So nothing is gathered, and every rank writes and reads only its own.
 
 Keys: `<parameter name>` holds the weights, from the FP32 main weights where there are some (BF16 and FP16 ones are
-their rounding), `optimizer.state.exp_avg.<name>` and `optimizer.state.exp_avg_sq.<name>` the moments.
+their rounding), `optimizer.state.exp_avg.<name>` and `optimizer.state.exp_avg_sq.<name>` Adam's moments. Adafactor has
+`variance` of a vector, `row_var` [rows] of a matrix and `col_var` [logical matrices fused in it, columns], each written
+by the data-parallel rank that owns it.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -24,6 +26,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
+
+from megatron_metro.training.adafactor import Adafactor, Part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER_PREFIX = "optimizer.state."
@@ -50,12 +54,13 @@ class _LocalState:
     main: Tensor
     moments: Mapping[str, Tensor]
     is_data_parallel_shard: bool
+    part: Part | None = None  # with Adafactor, whose factors lie otherwise than the parameter
 
 
 def tensors_to_save(
     chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, *, with_moments: bool
 ) -> list[ShardedTensor]:
-    """Weights, and Adam's moments if wanted, as this rank holds them."""
+    """Weights, and the optimizer's moments if wanted, as this rank holds them."""
     prepare_state(optimizer)
     parameters = list(_parameters(chunks))
     states = _local_states(optimizer, (parameter for parameter, _ in parameters))
@@ -96,7 +101,7 @@ def tensors_to_load(
 
 
 def get_num_updates(optimizer: MegatronOptimizer) -> int:
-    """Adam's step count: one number for all parameters."""
+    """The optimizer's step count: one number for all parameters."""
     adam = optimizer.optimizer
     if isinstance(adam, torch.optim.AdamW):
         counts = {int(state["step"]) for state in adam.state.values() if "step" in state}
@@ -107,7 +112,7 @@ def get_num_updates(optimizer: MegatronOptimizer) -> int:
 
 
 def set_num_updates(optimizer: MegatronOptimizer, num_updates: int) -> None:
-    """Set Adam's step count after loading its moments."""
+    """Set the optimizer's step count after loading its moments."""
     prepare_state(optimizer)
     adam = optimizer.optimizer
     for group in adam.param_groups:
@@ -218,19 +223,59 @@ def _local_states(optimizer: MegatronOptimizer, parameters: Iterable[nn.Paramete
 
 
 def _state_of(optimizer: MegatronOptimizer, main: Tensor, start: int, *, is_shard: bool) -> _LocalState:
-    state = optimizer.optimizer.state[main]
+    inner = optimizer.optimizer
+    is_adafactor = isinstance(inner, Adafactor)
+    state = inner.state.get(main, {})  # of an Adafactor nothing where another data-parallel rank owns the parameter
     return _LocalState(
         start=start,
         stop=start + main.numel(),
         main=main.detach().view(-1),
-        moments={name: state[name].view(-1) for name in MOMENTS},
+        moments={name: state[name].view(-1) for name in (state if is_adafactor else MOMENTS)},
         is_data_parallel_shard=is_shard,
+        part=inner.parts[main] if is_adafactor else None,
     )
 
 
-def _moment_pieces(places: Iterable[_Place], state: _LocalState) -> Iterator[ShardedTensor]:
+def _moment_pieces(places: Sequence[_Place], state: _LocalState) -> Iterator[ShardedTensor]:
+    if state.part is not None:
+        state = replace(state, is_data_parallel_shard=True)
     for name, moment in state.moments.items():
-        yield from _pieces(places, moment, state, f"{OPTIMIZER_PREFIX}{name}.")
+        prefix = f"{OPTIMIZER_PREFIX}{name}."
+        if state.part is None or name == "variance":
+            yield from _pieces(places, moment, state, prefix)
+        elif name == "row_var":
+            yield from _pieces([_place_of_rows(place) for place in places], moment, state, prefix)
+        else:
+            yield from _pieces([_place_of_columns(places[0], state.part)], moment, state, prefix)
+
+
+def _place_of_rows(place: _Place) -> _Place:
+    """One number for each row of a matrix, which ranks that share the row all hold."""
+    return replace(
+        place,
+        start=place.start // place.shape[1],
+        shape=place.shape[:1],
+        global_shape=place.global_shape[:1],
+        global_offset=place.global_offset[:1],
+        replica_id=_with_tensor_copy(place.replica_id, place.global_offset[1]),
+    )
+
+
+def _place_of_columns(place: _Place, part: Part) -> _Place:
+    """One row for each logical matrix of a parameter, which ranks that share its columns all hold."""
+    return replace(
+        place,
+        start=0,
+        shape=(part.num_matrices, place.shape[1]),
+        global_shape=(part.num_matrices, place.global_shape[1]),
+        global_offset=(0, place.global_offset[1]),
+        replica_id=_with_tensor_copy(place.replica_id, place.global_offset[0]),
+    )
+
+
+def _with_tensor_copy(replica_id: tuple[int, ...], offset: int) -> tuple[int, ...]:
+    """`offset` tells tensor-parallel ranks apart that hold copies; only 0 is written."""
+    return (replica_id[0], replica_id[1] or offset, *replica_id[2:])
 
 
 def _pieces(places: Iterable[_Place], flat: Tensor, state: _LocalState, prefix: str) -> Iterator[ShardedTensor]:

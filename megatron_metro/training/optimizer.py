@@ -1,4 +1,4 @@
-"""AdamW on megatron-core's optimizers: data-parallel wrapping, construction, one update, norms.
+"""AdamW or Adafactor in megatron-core's optimizers: data-parallel wrapping, construction, one update, norms.
 
 Weight decay applies to every parameter, biases and norms included, as in the reference (metro_t0_reference section 5).
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_metro.config.schema import OptimizerConfig, ParallelConfig, RunConfig
 from megatron_metro.parallel.groups import ParallelGroups, all_reduce_sum
+from megatron_metro.training.adafactor import Adafactor, list_parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +71,7 @@ def wrap(config: RunConfig, chunks: Sequence[MegatronModule], groups: ParallelGr
 def build_optimizer(
     config: RunConfig, chunks: Sequence[DistributedDataParallel], groups: ParallelGroups
 ) -> MegatronOptimizer:
-    """AdamW for all parameters of this rank's wrapped chunks.
+    """The optimizer of all parameters of this rank's wrapped chunks.
 
     FP32Optimizer for FP32 (and for float64 weights, which tests use), FP32 main weights beside BF16 or FP16 ones,
     DistributedOptimizer with --use-distributed-optimizer. Its learning rate is 0 until `set_learning_rate`.
@@ -85,7 +86,10 @@ def build_optimizer(
     )
     # One of dense parameters; core's second would hold those of experts.
     (optimizer,) = chained.chained_optimizers
-    _choose_fused_kernel(optimizer.optimizer)
+    if config.optimizer.optimizer == "adafactor":
+        _put_adafactor(optimizer, config, chunks, groups)
+    else:
+        _choose_fused_kernel(optimizer.optimizer)
     set_learning_rate(optimizer, 0.0)
     return optimizer
 
@@ -161,6 +165,21 @@ def _core_config(optimizer: OptimizerConfig, parallel: ParallelConfig) -> CoreOp
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
+
+
+def _put_adafactor(
+    optimizer: MegatronOptimizer, config: RunConfig, chunks: Sequence[DistributedDataParallel], groups: ParallelGroups
+) -> None:
+    """Replace the AdamW that core knows, which holds no state before its first step.
+
+    The rest of core's optimizer stays: main weights beside BF16 and FP16 ones, loss scaler, what is counted in norms.
+    """
+    assert not config.parallel.use_distributed_optimizer, "refused by validation"
+    parts = list_parts(chunks, groups)
+    mains = {getattr(parameter, "main_param", parameter): part for parameter, part in parts.items()}
+    assert mains.keys() == set(optimizer.get_parameters()), "core's optimizer holds other parameters than the chunks"
+    optimizer.optimizer = Adafactor(list(mains), list(mains.values()), config.optimizer, groups)
+    optimizer.init_state_fn = lambda adafactor, _: adafactor.prepare_state()
 
 
 def _choose_fused_kernel(adam: torch.optim.Optimizer) -> None:

@@ -216,6 +216,7 @@ COMMANDS = [
     ("inspect_data", "--part test", 64, ["--part", "'test'"]),
     ("plan", "--layout-tabel --preset metro-base", 64, ["'--layout-tabel'", "--layout-table"]),
     ("plan", "--layout-table --preset metro-bse", 64, ["'metro-bse'", "metro-base"]),
+    ("plan", "--layout-table --preset metro-base --vocab-size 16777217", 64, ["--vocab-size", "at most 16777216"]),
     ("plot_run", "{tmp}/no", 65, ["no", "give the folder of a run"]),
     ("plot_run", "{saved} --ouput {tmp}/a.png", 64, ["'--ouput'", "--output"]),
     ("plot_run", "{saved} --output {text}/a.png", 74, ["text.jsonl/a.png"]),
@@ -325,6 +326,23 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(server, corpus, saved, tm
     for result in server.run_ranks("pretrain", *SMALL, *inputs(corpus), *flags, world_size=2):
         assert_refused(result, 66, word)
     assert list_files(tmp_path) == before
+
+
+UNLIKE_RANKS = {
+    "number": ("--lr 0.25", ["rank 1 has --lr 0.25 and rank 0 has --lr 0.001"]),
+    # Unlike layouts make unlike groups: without a check the ranks wait for each other until the time-out.
+    "tensor size": ("--tensor-model-parallel-size 2 --global-batch-size 16", ["--tensor-model-parallel-size 2"]),
+    "stages": ("--pipeline-model-parallel-size 2", ["--pipeline-model-parallel-size 2"]),
+}
+
+
+@pytest.mark.parametrize("fault", UNLIKE_RANKS)
+def test_unlike_ranks_refuse_alike(server, corpus, tmp_path, fault):
+    own, words = UNLIKE_RANKS[fault]
+    flags = (*SMALL, *inputs(corpus), "--train-iters", 2, "--save", tmp_path / "run")
+    for result in server.run_ranks("pretrain", *flags, world_size=2, last_flags=own.split()):
+        assert_refused(result, 64, "rank 1 has", "start all ranks alike", *words)
+    assert list_files(tmp_path / "run") == {}
 
 
 def test_a_mistyped_load_does_not_pass_for_a_resumed_run(server, corpus, saved, tmp_path):

@@ -18,6 +18,7 @@ from tests.helpers.parity import Case, Outcome, run_case, worst_error, worst_met
 Pool = Callable[[int], WorkerPool]
 
 WIDE_GENERATOR = {**tiny.SPACTOR, "generator_hidden_size": 24, "activation": "gated-gelu", "untie_mlm_head": False}
+OWN_MATRIX = {**tiny.NARROW_GENERATOR, "untie_mlm_head": True, "mlm_head": "linear", "rtd_head": "gelu"}
 
 VARIED = [{"model_name": name, **variant, "num_steps": 2} for name, variant in OBJECTIVE_VARIANTS.items()]
 VARIED_PLACES = (Row(tp=2, sp=True), Row(pp=2), Row(pp=2, vpp=2))
@@ -46,6 +47,7 @@ ROWS = [
     Row(tp=2, sp=True, spans=True, model=tiny.T5_V1_1, model_name="T5 v1.1"),
     Row(tp=2, sp=True, model=tiny.NARROW_GENERATOR, model_name="narrow generator"),
     Row(tp=2, model=tiny.SPACTOR, model_name="SPACTOR"),
+    Row(dp=2, distributed_optimizer=True, overlap=True, model=OWN_MATRIX, model_name="own matrix"),
     Row(pp=2, layout="Gg|gMeeRDddL", padded=True, model=tiny.NARROW_GENERATOR, model_name="narrow generator"),
     # objectives and ablations beside METRO
     *(replace(place, **variant) for variant in VARIED for place in VARIED_PLACES),

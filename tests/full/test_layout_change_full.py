@@ -40,7 +40,7 @@ SINGLE = [
     Row(pp=2, vpp=2, single_precision=True),
     Row(dp=3, distributed_optimizer=True),
     Row(pp=3, single_precision=True),
-    Row(dp=4, distributed_optimizer=True, overlap=True),
+    Row(dp=4, micro_batch_size=3, distributed_optimizer=True, overlap=True),
     Row(tp=2, sp=True, dp=2, distributed_optimizer=True, overlap=True),
     Row(pp=2, vpp=2, dp=2, micro_batch_size=1, distributed_optimizer=True, overlap=True),
     Row(pp=4, single_precision=True),

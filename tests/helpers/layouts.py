@@ -39,6 +39,7 @@ class Row:
     model: dict[str, Any] = field(default_factory=dict)
     model_name: str | None = None  # stands for `model` in the row's name
     objective: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
@@ -60,7 +61,7 @@ class Row:
         parts += ["spans"] if self.spans else []
         parts += [self.layout] if self.layout else []
         parts += [self.model_name] if self.model_name else [f"{k}={v}" for k, v in self.model.items()]
-        parts += [f"{k}={v}" for k, v in self.objective.items()]
+        parts += [f"{k}={v}" for k, v in (self.objective | self.optimizer).items()]
         return " ".join(parts)
 
     @property
@@ -97,11 +98,11 @@ class Row:
 
     def reference_key(self) -> str:
         """Rows with equal keys share a reference."""
-        return repr((self.dtype, self.num_steps, self.padded, self.spans, self.model, self.objective))
+        return repr((self.dtype, self.num_steps, self.padded, self.spans, self.model, self.objective, self.optimizer))
 
     def _case(self, parallel: ParallelConfig) -> Case:
         model: ModelConfig = tiny.tiny_model(**self.model)
-        optimizer = FP32_OPTIMIZER if self.is_single else {}
+        optimizer = self.optimizer or (FP32_OPTIMIZER if self.is_single else {})
         run = tiny.tiny_run(model, parallel, ObjectiveConfig(**self.objective), **optimizer)
         return Case(
             run=run,

@@ -184,7 +184,8 @@ def local_microbatches(case: Case, step: int, dp_rank: int, dp_size: int) -> lis
             run.objective, GLOBAL_BATCH_SIZE, seed, padded=case.padded, has_decoder=run.model.has_decoder
         )
     )
-    count = GLOBAL_BATCH_SIZE // (size * dp_size)
+    count, left = divmod(GLOBAL_BATCH_SIZE, size * dp_size)
+    assert left == 0, f"{dp_size} replicas cannot share {GLOBAL_BATCH_SIZE} sequences in microbatches of {size}"
     starts = [(j * dp_size + dp_rank) * size for j in range(count)]
     return [_rows(whole, start, start + size) for start in starts]
 
@@ -206,21 +207,26 @@ def _parameters(engine: Engine) -> dict[str, torch.nn.Parameter]:
 @torch.no_grad()
 def perturb(engine: Engine, scale: float = 0.05) -> None:
     """Add N(0, scale) to every weight, as a function of its name alone; padded vocabulary rows stay as they are."""
-    groups = engine.groups
     for piece in engine.pieces:
         for name, parameter in piece.named_parameters():
-            dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-            shape = list(parameter.shape)
-            if dim is not None:
-                shape[dim] *= groups.tp_size
-            rows = tiny.VOCAB_SIZE if has_vocabulary_rows(name) else shape[0]
-            noise = np.zeros(shape)
-            noise[:rows] = np.random.default_rng(crc32(name.encode())).normal(0, scale, [rows, *shape[1:]])
-            if dim is not None:
-                parts = np.split(noise, count_parts(name, engine.run.model), dim)
-                noise = np.concatenate([np.split(part, groups.tp_size, dim)[groups.tp_rank] for part in parts], dim)
-            parameter.add_(torch.from_numpy(noise).to(parameter.dtype))
+            parameter.add_(local_noise(engine, name, parameter, scale).to(parameter.dtype))
     engine.optimizer.reload_model_params()
+
+
+def local_noise(engine: Engine, name: str, parameter: torch.Tensor, scale: float, seed: str = "") -> torch.Tensor:
+    """This rank's part of a whole tensor of N(0, scale), a function of name and seed; zero in padded rows."""
+    groups = engine.groups
+    dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    shape = list(parameter.shape)
+    if dim is not None:
+        shape[dim] *= groups.tp_size
+    rows = tiny.VOCAB_SIZE if has_vocabulary_rows(name) else shape[0]
+    noise = np.zeros(shape)
+    noise[:rows] = np.random.default_rng(crc32((name + seed).encode())).normal(0, scale, [rows, *shape[1:]])
+    if dim is not None:
+        parts = np.split(noise, count_parts(name, engine.run.model), dim)
+        noise = np.concatenate([np.split(part, groups.tp_size, dim)[groups.tp_rank] for part in parts], dim)
+    return torch.from_numpy(noise)
 
 
 def _gather(engine: Engine, local: dict[str, torch.Tensor]) -> Arrays:

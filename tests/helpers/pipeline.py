@@ -2,6 +2,7 @@
 
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -28,9 +29,18 @@ from tests.helpers.parity import Arrays, Case, _gather, _parameters, local_micro
 
 FIRST_FILL = 4  # ids below are special tokens
 
+_unclosed: list[weakref.ref[Engine]] = []
+
 
 def build_engine(case: Case, scale: float = 0.05) -> Engine:
-    """This rank's engine of a case, its weights moved by N(0, scale) where that is not 0; collective."""
+    """This rank's engine of a case, its weights moved by N(0, scale) where that is not 0; collective.
+
+    Closes the engine built before it: what ties an unclosed one together passes through autograd's own nodes, which
+    Python cannot collect, and its process groups would live on with dozens of threads.
+    """
+    while _unclosed:
+        if (former := _unclosed.pop()()) is not None:
+            former.close()
     parallel = case.run.parallel
     groups = reinitialise(parallel)
     activate("cpu").seed_all(1, tp_rank=groups.tp_rank)
@@ -45,6 +55,7 @@ def build_engine(case: Case, scale: float = 0.05) -> Engine:
     if scale:
         perturb(engine, scale)
     set_learning_rate(engine.optimizer, case.run.optimizer.lr)
+    _unclosed.append(weakref.ref(engine))
     return engine
 
 

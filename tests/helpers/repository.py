@@ -17,7 +17,8 @@ def list_files(*folders: str) -> list[Path]:
     def walk(folder: Path) -> Iterator[Path]:
         for path in sorted(folder.iterdir()):
             if path.is_file():
-                yield path
+                if path.name != ".git":  # in a further work tree it is a file
+                    yield path
             elif path.name == ".ci" or not (
                 path.name.startswith(".") or path.name in IGNORED_FOLDERS or path.name.endswith(".egg-info")
             ):

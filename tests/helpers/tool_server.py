@@ -111,8 +111,15 @@ class ToolServer:
         """Start and wait."""
         return self.start(tool, *flags).finish()
 
-    def run_ranks(self, tool: str, *flags: object, world_size: int, may_start_groups: bool = True) -> list[ToolRun]:
-        """The same command on all ranks of a job at once, as torchrun would start it."""
+    def run_ranks(
+        self,
+        tool: str,
+        *flags: object,
+        world_size: int,
+        may_start_groups: bool = True,
+        last_flags: Sequence[object] = (),
+    ) -> list[ToolRun]:
+        """The same command on all ranks of a job at once, as torchrun would start it; the last rank has more flags."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -122,6 +129,7 @@ class ToolServer:
             self.start(
                 tool,
                 *flags,
+                *(last_flags if rank == world_size - 1 else ()),
                 environment={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 may_start_groups=may_start_groups,
             )

@@ -48,6 +48,19 @@ def test_sequence_parallelism_shards_all_but_the_aux_rows():
     assert rows.parts == {"hidden": 64, "encoder_output": 128, "aux": 1}
 
 
+def test_a_message_is_as_wide_as_the_network_it_leaves():
+    narrow = replace(METRO, generator_hidden_size=256, generator_num_attention_heads=4)
+    for kind, width in (
+        ("generator_embedding", 256),
+        ("generator_layer", 256),
+        ("mlm_head", 768),
+        ("encoder_layer", 768),
+    ):
+        rows = payload_rows(Unit(kind), narrow, **LENGTHS)
+        assert (rows.width, rows.hidden) == (width, 512)
+        assert payload_rows(Unit(kind), METRO, **LENGTHS).width == 768
+
+
 def test_the_main_model_alone_sends_no_aux_rows():
     rows = payload_rows(Unit("decoder_layer", 0), ModelConfig(generator_num_layers=0), **LENGTHS)
     assert rows.parts == {"hidden": 256, "encoder_output": 512}

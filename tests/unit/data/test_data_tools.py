@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.data.preprocess import PreprocessOptions, preprocess
 from tests.helpers.corpus import Corpus, ignore_progress
 
@@ -47,15 +48,38 @@ def test_from_text_to_samples(run_tool, corpus: Corpus, tmp_path):
         assert ours.read_bytes() == expected.read_bytes()
     flags = ("--data-path", f"{tmp_path}/data_text_document", "--tokenizer-model", tmp_path / "tok.model")
     for objective, num_layers, words in (
-        ("metro", 2, ("generator sees", "<sen000>", "masked:")),
-        ("metro", 0, ("encoder reads", "<sen000>")),
-        ("t5-span", 0, ("<sen001>", "</s>")),
+        ("metro", 2, ("generator sees", "decoder writes", "<sen000>", "masked:")),
+        ("metro", 0, ("encoder reads", "decoder writes", "<sen000>")),
+        ("electra", 2, ("generator sees", "encoder writes", "<sen000>", "masked:")),
+        ("spactor", 2, ("generator sees", "decoder writes", "<sen001>", "100.0% as <sen000>")),
+        ("t5-span", 0, ("decoder writes", "<sen001>", "</s>")),
+        *(
+            (name, 0, ("encoder reads", "decoder writes"))
+            for name in OBJECTIVES
+            if OBJECTIVES[name].generator == "none"
+        ),
     ):
         shape = ("--seq-length", 64, "--split", "80,20,0", "--objective", objective)
         shape += ("--generator-num-layers", num_layers)
         code, out, _ = run_tool("inspect_data", *flags, *shape, "--part", "valid", "--verify")
         assert code == 0
-        assert all(word in out for word in (*words, "decoder writes", "--- sample 1"))
+        assert all(word in out for word in (*words, "--- sample 1")), out
+
+
+def test_from_text_to_samples_with_t5s_ids(run_tool, corpus: Corpus, tmp_path):
+    flags = ("--input", corpus.jsonl, "--vocab-size", 200, "--output-prefix", tmp_path / "tok", "--t5")
+    assert run_tool("train_tokenizer", *flags)[0] == 0
+    model = ("--tokenizer-model", tmp_path / "tok.model", "--vocab-extra-ids", 40)
+    output = ("--input", corpus.jsonl, "--output-prefix", tmp_path / "data")
+    assert run_tool("preprocess_data", *output, *model)[0] == 0
+    shape = ("--data-path", f"{tmp_path}/data_text_document", "--seq-length", 64, "--split", "80,20,0")
+    for objective in OBJECTIVES:
+        code, out, err = run_tool("inspect_data", *model, *shape, "--objective", objective, "--part", "valid")
+        assert code == 0, err
+        assert ("decoder reads:   <pad> " in out) == (objective != "electra")
+        assert ("<extra_id_0>" in out) == (objective in ("t5-span", "t5-metro", "t5-iid", "spactor"))
+        masks = ("metro", "electra", "spactor", "bert-style", "mass-style")
+        assert ("<extra_id_39>" in out) == (objective in masks), out
 
 
 def test_errors_end_tools_with_one_line_and_their_code(run_tool, corpus: Corpus, tmp_path):

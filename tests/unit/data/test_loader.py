@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.errors import ConfigError, DataError
+from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.data.mixture import assign_samples
@@ -71,11 +72,31 @@ def test_blend_proportions_and_counts():
 
 
 def test_microbatches_have_the_promised_shapes(corpus):
-    for objective in ("metro", "t5-span"):
+    for objective in OBJECTIVES:
         loader = build(make_config(corpus.prefix, objective=objective), corpus)
         for microbatch in loader.next_step(3):
             assert microbatch.shape == loader.objective.shape(4)
         assert loader.consumed_samples == 12
+
+
+@pytest.mark.parametrize("read_ahead", [1, 7, 64])
+def test_reading_ahead_changes_nothing(corpus, monkeypatch, read_ahead):
+    """Steps of changing size, and a rewind into what was read already."""
+    config = make_config(corpus.prefix, micro_batch_size=2)
+    steps = [(0, 3), (6, 1), (8, 40), (88, 1), (6, 2), (10, 1), (6, 2)]
+
+    def read() -> list[torch.Tensor]:
+        loader, found = build(config, corpus), []
+        for consumed, num_microbatches in steps:
+            if loader.consumed_samples != consumed:
+                loader.rewind(consumed)
+            found.append(torch.cat([batch.generator_tokens for batch in loader.next_step(num_microbatches)]))
+        return found
+
+    expected = read()
+    monkeypatch.setattr("megatron_metro.data.loader.READ_AHEAD_BLOCKS", read_ahead)
+    assert all(torch.equal(*pair) for pair in zip(read(), expected, strict=True))
+    assert torch.equal(expected[4], expected[6])
 
 
 def test_full_blocks_are_the_stream(corpus):
@@ -264,3 +285,44 @@ def test_damage_found_while_reading_is_named(corpus, tmp_path):
     broken = replace(source, documents=replace(source.documents, store=replace(source.documents.store, tokens=tokens)))
     with pytest.raises(DataError, match="holds id 60000"):
         broken.read(np.arange(source.packing.num_blocks))
+
+
+SCHEDULE = "0:0.05,4:0.4"
+
+
+def count_masked(microbatches: list[Microbatch]) -> float:
+    return float(torch.cat([microbatch.masked_valid.sum(1) for microbatch in microbatches]).double().mean())
+
+
+def test_masking_rates_follow_their_schedule_in_static_slots(corpus):
+    config = make_config(corpus.prefix)
+    config = replace(
+        config,
+        objective=replace(config.objective, mask_prob_schedule=SCHEDULE),
+        training=replace(config.training, global_batch_size=16),
+    )
+    loader = build(config, corpus)
+    steps = [loader.next_step(4) for _ in range(6)]
+    length = config.data.encoder_seq_length
+    for step, microbatches in enumerate(steps):
+        assert microbatches[0].shape == loader.objective.shape(4)
+        assert abs(count_masked(microbatches) - length * min(0.05 + 0.0875 * step, 0.4)) < 1.0
+    loader.rewind(3 * 16)
+    assert_same(loader.next_step(4), steps[3])
+    with_workers = build(replace(config, data=replace(config.data, num_workers=2)), corpus)
+    try:
+        for microbatches in steps:
+            assert_same(with_workers.next_step(4), microbatches)
+    finally:
+        with_workers.close()
+
+
+def test_validation_keeps_its_masking_rate(corpus):
+    plain = make_config(corpus.prefix)
+    scheduled = replace(plain, objective=replace(plain.objective, mask_prob_schedule="0:0.4"))
+    batches = []
+    for config in (plain, scheduled):
+        loader = build_loaders(config, corpus.tokenizer, 0, 1)[1]
+        assert loader is not None
+        batches.append(loader.next_step(2))
+    assert count_masked(batches[0]) == count_masked(batches[1])

@@ -171,36 +171,44 @@ def test_metro_rows_stand_alone(length, mask_prob, mask_special, is_padded, data
         assert (batch.decoder_tokens[batch.decoder_padding] == VOCABULARY.pad_id).all()
 
 
-def test_t5_spans_of_10_000_blocks():
-    objective = build_span_objective(span_lengths(512, 0.15, 3.0), 512, VOCABULARY)
-    assert (objective.raw_length, objective.lengths.num_noise_tokens, objective.lengths.num_spans) == (568, 85, 28)
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, Vocabulary.t5(1000, 100)], ids=["metro", "t5"])
+def test_t5_spans_of_10_000_blocks(vocabulary, record_property):
+    objective = build_span_objective(span_lengths(512, 0.15, 3.0), 512, vocabulary)
+    assert objective.raw_length == 568
     blocks = make_blocks(10_000, 568)
     batch = objective.make_batch(blocks)
     assert batch.shape == objective.shape(10_000)
     assert batch.encoder_tokens.shape == (10_000, 512)
     assert batch.decoder_tokens.shape == (10_000, 114)
-    in_encoder = batch.encoder_tokens >= VOCABULARY.num_pieces
-    in_target = batch.target_ids >= VOCABULARY.num_pieces
-    expected = torch.arange(SENTINEL + 1, SENTINEL + 29).repeat(10_000)
+    in_encoder = batch.encoder_tokens >= 1000
+    in_target = batch.target_ids >= 1000
+    # METRO counts up behind <sen000>, T5 down from the last id.
+    sentinels = range(1099, 1071, -1) if vocabulary.is_t5 else range(1001, 1029)
+    expected = torch.tensor(sentinels).repeat(10_000)
     for tokens, found in ((batch.encoder_tokens, in_encoder), (batch.target_ids, in_target)):
         assert (found.sum(dim=1) == 28).all()
         assert torch.equal(tokens[found], expected)
-        assert (tokens[:, -1] == VOCABULARY.eos_id).all()
-        assert ((tokens == VOCABULARY.eos_id).sum(dim=1) == 1).all()
+        assert (tokens[:, -1] == vocabulary.eos_id).all()
     assert ((~in_target).sum(dim=1) == 86).all()
-    assert (batch.decoder_tokens[:, 0] == SENTINEL).all()
+    assert (batch.decoder_tokens[:, 0] == (0 if vocabulary.is_t5 else 1000)).all()
     assert torch.equal(batch.decoder_tokens[:, 1:], batch.target_ids[:, :-1])
-    starts = span_starts(batch)
-    counts = np.bincount(starts, minlength=568)[1:]
+    counts = torch.from_numpy(np.bincount(span_starts(batch), minlength=568))[1:].double()
     inner = counts[20:-20]  # the first token is never noise and the last always is, which shows near both ends
-    chi_square = ((inner - inner.mean()) ** 2 / inner.mean()).sum()
-    assert chi_square < len(inner) + 4 * np.sqrt(2 * len(inner))
+    p_value = chi_square_p(inner)
+    record_property("p of uniform span starts", round(p_value, 4))
+    assert p_value > 1e-4
+
+
+def chi_square_p(counts: torch.Tensor) -> float:
+    """Probability of counts at least as uneven if all are equally likely."""
+    statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2).item()
 
 
 def span_starts(batch: Microbatch) -> np.ndarray:
     """Positions in the raw text of all span starts, found from the two sides alone."""
-    rows, columns = np.nonzero(batch.encoder_tokens.numpy() >= VOCABULARY.num_pieces)
-    target_columns = np.nonzero(batch.target_ids.numpy() >= VOCABULARY.num_pieces)[1]
+    rows, columns = np.nonzero(batch.encoder_tokens.numpy() >= 1000)
+    target_columns = np.nonzero(batch.target_ids.numpy() >= 1000)[1]
     # The i-th sentinel stands after i sentinels on both sides, and noise left of it is missing in the encoder.
     index = np.arange(len(rows)) % 28
     return (columns - index) + (target_columns - index)
@@ -242,16 +250,48 @@ def test_objectives_refuse_by_flag():
         (few, ObjectiveConfig(objective="t5-span"), DataConfig(), "--vocab-extra-ids is 28"),
         (VOCABULARY, ObjectiveConfig(), DataConfig(decoder_seq_length=100), "--decoder-seq-length is 100"),
         (VOCABULARY, ObjectiveConfig(objective="t5-span"), DataConfig(block_mode="complete_doc"), "--block-mode"),
+        (VOCABULARY, ObjectiveConfig(objective="deshuffle"), DataConfig(decoder_seq_length=9), "writes 512: leave it"),
+        (Vocabulary.t5(1000, 27), ObjectiveConfig(objective="t5-span"), DataConfig(), "is 27; 28 spans need 28"),
+        (
+            Vocabulary.t5(1000, 28),
+            ObjectiveConfig(objective="spactor"),
+            DataConfig(),
+            "28 spans and the mask token .* 29",
+        ),
+        (few, ObjectiveConfig(objective="t5-iid"), DataConfig(), "77 noise tokens .* need 79"),
+        (few, ObjectiveConfig(objective="t5-metro"), DataConfig(), "up to 33 spans, .* need 34"),
     ]
     for vocabulary, objective, data, message in cases:
         with pytest.raises(ConfigError, match=message):
             build_objective(RunConfig(objective=objective, data=data), vocabulary)
 
 
+GOLDEN = {
+    "electra": "0e1d0e9207769f8340f9f805dd9342756d048cd12390247e2caf4174efbe7cc9",
+    "spactor": "348629594ae0099ca7bea269eb91b94cf68bd1ff35ef383bfeb5f7fdf8afd7d7",
+    "t5-metro": "fdb7a5b7589ef055d889ec614de3e0327f18740f87a9cdcadb51ccf18bbdfea9",
+    "t5-iid": "1370df204e6fe7c0120e217b3f2646998cb80319ac46761bdec49f78590409c5",
+    "prefix-lm": "e045d2bf7adabd54d2cae73d1aaa0ac56417df8e9aa5e454e1a8e62ea7cd1b94",
+    "bert-style": "bc30d311156628449339e446190d01f4ff4e2f1f004c9c98fce512b1d00b571c",
+    "mass-style": "7875c7522b9fbca076c9a46dc81025e75a08d45ba18bf96504c6b995c1e51343",
+    "deshuffle": "f904edd50d6ce5ba192dde68f9004a7c318997b62e84e6641b48074ca1174a58",
+    "drop-tokens": "f5f84fdba5849162d2934b137c12aa30e1b8adabfb92f48b7497eeb9a9082d60",
+}
+
+
+def make_golden_batch(name: str) -> Microbatch:
+    """With METRO's vocabulary and spans for masks, so that all streams of random words are seen."""
+    masks = {"mask_spans": True} if name == "electra" else {}
+    run = RunConfig(objective=ObjectiveConfig(objective=name, **masks), data=DataConfig(encoder_seq_length=64))
+    objective = build_objective(run, VOCABULARY)
+    return objective.make_batch(make_golden_blocks(objective.raw_length))
+
+
 def test_golden_batches():
     """Bytes that must never change: a run that is resumed after an upgrade sees the same batches."""
     metro = MetroObjective(vocabulary=VOCABULARY, sequence_length=64).make_batch(make_golden_blocks(64))
     spans = build_span_objective(span_lengths(64, 0.15, 3.0), 64, VOCABULARY)
+    assert {name: digest(make_golden_batch(name)) for name in GOLDEN} == GOLDEN
     assert digest(metro) == "cf63e9b64552e2f1292aeb4809e8fd79529d5cde798d4f62067818709c59390e"
     assert (
         digest(spans.make_batch(make_golden_blocks(spans.raw_length)))

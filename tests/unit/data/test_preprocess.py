@@ -60,6 +60,20 @@ def test_compression_changes_nothing(tmp_path, numbers):
     assert [run(tmp_path, path, name=path.suffix[1:]) for path in packed] == [expected, expected]
 
 
+@pytest.mark.parametrize("missing_bytes", [1, 5, 20])
+def test_a_zstd_file_that_is_cut_short_is_no_shorter_text(tmp_path, missing_bytes):
+    """Zstandard's blocks of 128 KiB end where lines of 16 bytes do, so what is left would pass for whole JSON."""
+    whole = b'{"text": "5 6"}\n'
+    packed = zstandard.compress(whole * 30_000)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed + packed)
+    assert len(run(tmp_path, path)[0]) == 2 * 30_000 * 3 * 2  # two ids of two bytes and </s> each
+    path.write_bytes((packed + packed)[:-missing_bytes])
+    with pytest.raises(DataError, match=f"{path} cannot be read: Compressed file ended before"):
+        run(tmp_path, path, name="cut")
+    assert not list(tmp_path.glob("cut*"))
+
+
 def test_tokens_and_ends_of_documents(tmp_path):
     text = write_lines(
         tmp_path / "a.jsonl", '{"text": "5 6\\n7"}', "", '{"text": "8"}', '{"text": " "}', '{"text": ""}'

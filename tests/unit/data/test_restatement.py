@@ -60,6 +60,7 @@ CORNERS = [
     *(Case(name="t5-metro", length=length, rate=0.9, is_padded=length > 5) for length in (3, 4, 5, 40)),
     *(Case(name="t5-iid", length=length, rate=rate) for length in (3, 130) for rate in (0.01, 0.5, 0.9)),
     Case(name="t5-metro", length=512),
+    Case(name="t5-metro", length=114, lm_targets="all", seed=114),  # a span over the end is a run more
     Case(name="spactor", length=512, spactor_rate=0.2, vocabulary="t5"),
 ]
 

@@ -96,6 +96,33 @@ def test_plain_normal_reaches_every_matrix():
     assert choose_distribution("decoder.position_embeddings.weight", plain).zero_line == 1
 
 
+def test_a_generator_is_drawn_by_its_own_sizes():
+    """BERT's N(0, 0.02) in a METRO, T5's own in a Pre-LN model; heads go by what they read."""
+    sizes = {"generator_hidden_size": 32, "generator_ffn_hidden_size": 80, "generator_num_attention_heads": 2}
+    metro = replace(METRO, **sizes)
+    for name in ("generator.embedding_projection", "mlm_head.projection", "mlm_head.output"):
+        assert choose_distribution(f"{name}.weight", metro) == replace(NORMAL, scale=0.02)
+    assert choose_distribution("mlm_head.dense.weight", metro).scale == 32**-0.5
+    assert choose_distribution("rtd_head.dense.weight", metro).scale == 768**-0.5
+    t5 = replace(T5, generator_num_layers=2, kv_channels=None, **sizes)
+    scales = {
+        "generator.embedding_projection": 48**-0.5,
+        "generator.layers.0.mlp.linear_fc1": 32**-0.5,
+        "generator.layers.0.mlp.linear_fc2": 80**-0.5,
+        "generator.relative_bias": 32**-0.5,
+        "mlm_head.projection": 32**-0.5,
+        "mlm_head.output": 32**-0.5,
+        "encoder.layers.0.mlp.linear_fc1": 48**-0.5,
+        "lm_head": 48**-0.5,
+    }
+    for name, scale in scales.items():
+        assert choose_distribution(f"{name}.weight", t5).scale == scale, name
+    qkv = make_filled("generator.layers.0.self_attention.linear_qkv.weight", (96, 32), t5, dim=0)
+    queries, keys, _ = qkv.view(2, 3, 16, 32).unbind(1)
+    assert queries.std() == pytest.approx((32 * 16) ** -0.5, rel=0.06)
+    assert keys.std() == pytest.approx(32**-0.5, rel=0.06)
+
+
 def test_t5_distributions_are_hugging_face_s():
     qkv = make_filled("encoder.layers.0.self_attention.linear_qkv.weight", (192, 48), dim=0)
     queries, keys, values = qkv.view(4, 3, 16, 48).unbind(1)
@@ -136,7 +163,7 @@ def test_a_gated_layer_gives_each_rank_its_share_of_both_matrices(size):
         assert torch.equal(make_filled(name, (192, 48), dim=0, rank=rank, size=size), expected)
 
 
-@pytest.mark.parametrize("name", ["word_embeddings.weight", "lm_head.weight"])
+@pytest.mark.parametrize("name", ["word_embeddings.weight", "lm_head.weight", "mlm_head.output.weight"])
 def test_padded_vocabulary_is_zero_and_changes_nothing(name):
     model = replace(T5, vocab_size=300)
     whole = make_filled(name, (384, 48), model, dim=0)

@@ -142,4 +142,9 @@ def test_data_rates_come_with_a_peer(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_data, "WAITING", TINY)
     result = benchmark_data.measure_data(tmp_path, {"core_t5": build_core_reader}, 1, 0, lambda line: None)
     assert json.loads(json.dumps(result))["t5_span_loader_speedup"]["core_t5"] > 0
-    assert result["metro_blocks_per_second"] > 0 and result["preprocess_tokens_per_cpu_second"] > 0
+    rates = [
+        result[f"{name}_{figure}blocks_per_second"]
+        for name in ("metro", "t5_span", "spactor")
+        for figure in ("", "small_call_", "loader_")
+    ]
+    assert min(rates) > 0 and result["loader_wait_percent"] > 0 and result["preprocess_tokens_per_cpu_second"] > 0

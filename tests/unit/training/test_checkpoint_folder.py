@@ -79,6 +79,17 @@ def test_a_run_that_would_meet_existing_steps_does_not_start(tmp_path):
         check_save_folder(str(tmp_path), 0)
 
 
+def test_the_advice_helps_after_a_crash_just_before_the_tracker(tmp_path):
+    publish_step(tmp_path, 10)
+    newest = publish_step(tmp_path, 20)
+    (tmp_path / TRACKER).write_text("10")
+    with pytest.raises(CheckpointError, match=f"holds iteration 20, .*--load {tmp_path} --ckpt-step 20") as refusal:
+        check_save_folder(str(tmp_path), read_document(find(tmp_path))["train"]["iteration"])
+    advised = int(str(refusal.value).split("--ckpt-step ")[1].split(")")[0])
+    assert find(tmp_path, ckpt_step=advised) == newest
+    check_save_folder(str(tmp_path), advised)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"version": STATE_VERSION + 1})])
 def test_a_foreign_state_file_is_refused(tmp_path, text):
     (tmp_path / "state.json").write_text(text)

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_metro.config.lengths import Lengths, static_lengths
 from megatron_metro.config.schema import RunConfig
-from megatron_metro.config.spans import EMPTY_SHARE, metro_span_lengths, most_empty_spans
+from megatron_metro.config.spans import EMPTY_SHARE, metro_span_lengths
 from megatron_metro.data.blocks import Blocks
 from megatron_metro.data.masking import Mask, list_slots
 from megatron_metro.data.randomness import Purpose, choose, draw_words, to_uniforms
@@ -85,8 +85,7 @@ def build_metro_spans(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjec
     """`t5-metro`: the decoder writes the spans, or with --lm-targets all the whole text (the paper's control)."""
     objective, lengths = run.objective, static_lengths(run)
     bounds = metro_span_lengths(lengths.encoder, objective.mask_prob, objective.mean_noise_span_length)
-    num_spans = bounds.num_starts + most_empty_spans(lengths.encoder, objective.mask_prob)
-    require_sentinels(vocabulary, num_spans, f"up to {num_spans} spans, empty ones included,")
+    require_sentinels(vocabulary, bounds.num_spans, f"up to {bounds.num_spans} spans, empty ones included,")
     spans = MetroSpans(mask_prob=objective.mask_prob, longest_span=bounds.longest_span, num_starts=bounds.num_starts)
     span_targets = Lengths(encoder=lengths.encoder, decoder=bounds.decoder_length, masked=0, targets=0)
 
