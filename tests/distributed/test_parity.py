@@ -51,6 +51,7 @@ ROWS = [
     Row(pp=2, layout="Gg|gMeeRDddL", padded=True, model=tiny.NARROW_GENERATOR, model_name="narrow generator"),
     # objectives and ablations beside METRO
     *(replace(place, **variant) for variant in VARIED for place in VARIED_PLACES),
+    Row(pp=2, layout="GggMeeR|L", model_name="coco-lm", num_steps=2, **OBJECTIVE_VARIANTS["coco-lm"]),
     # three
     Row(pp=3),
     Row(pp=3, vpp=4, micro_batch_size=1, model={"decoder_num_layers": 4}),

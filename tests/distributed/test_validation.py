@@ -81,7 +81,7 @@ def score_with_oracle(groups: ParallelGroups, *, all_positions: bool) -> dict[st
     for batch in make_microbatches():
         corrupted = oracle.run([batch]).corrupted[0]
         memory = oracle.encode("encoder", corrupted, batch.encoder_padding)
-        logits = oracle.decode(batch.decoder_tokens, None, memory, batch.encoder_padding)
+        logits = oracle.project(oracle.decode(batch.decoder_tokens, None, memory, batch.encoder_padding))
         is_scored = ~batch.encoder_padding
         if not all_positions:
             dump = torch.zeros_like(batch.encoder_tokens[:, :1])
