@@ -134,7 +134,7 @@ def format_summary(blocks: Sequence[Restoration]) -> str:
     share, ranked = 100 * num_repaired / max(1, num_replaced), 100 * rank_replaced(blocks)
     return (
         f"in {len(blocks)} held-out blocks\n"
-        f"RTD suspects a replaced token more than another in {ranked:.1f} % of pairs (50 % is chance)\n"
+        f"RTD suspects a replaced token more than another in {ranked:.1f} % of pairs (its AUC; 50 % is chance)\n"
         f"corrupted positions restored: {num_repaired} of {num_replaced} ({share:.1f} %)"
     )
 

@@ -206,10 +206,10 @@ def check_heads(config: RunConfig) -> None:
         f"{model.generator_num_layers}; drop it",
     )
     require(
-        not (objective.eval_all_positions and model.has_generator)
-        or (model.has_decoder and kind == "fills" and not _writes_masked_only(config)),
-        f"--eval-all-positions scores a decoder that writes the whole text, found {name} and --lm-targets "
-        f"{objective.lm_targets}; drop it",
+        not objective.eval_all_positions
+        or (model.has_generator and model.has_decoder and kind == "fills" and not _writes_masked_only(config)),
+        f"--eval-all-positions scores a decoder that writes a whole text which a generator has changed, found {name}, "
+        f"--generator-num-layers {model.generator_num_layers} and --lm-targets {objective.lm_targets}; drop it",
     )
 
 

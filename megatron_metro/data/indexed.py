@@ -116,7 +116,7 @@ def check_index(prefix: str) -> type[np.number]:
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, data):
         if not path.is_file():
-            raise DataError(f"{path} is missing; --data-path takes the prefix of a .bin and an .idx file")
+            raise DataError(f"{path} is missing; a data set is a .bin and an .idx file of one prefix")
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty; preprocess the data again")
     idx_bytes, bin_bytes = idx.stat().st_size, data.stat().st_size

@@ -16,6 +16,8 @@ from tests.helpers.parity import GLOBAL_BATCH_SIZE, Case
 
 Pool = Callable[[int], WorkerPool]
 
+SPANS = ObjectiveConfig(objective="t5-span", mask_prob=0.3, mean_noise_span_length=2.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
@@ -68,11 +70,11 @@ def make_case(
     spans: bool = False,
     vocab_size: int = tiny.VOCAB_SIZE,
 ) -> Case:
-    """A case whose run also tells the planner what the tiny batches are: 16 tokens, 8 slots."""
+    """A case whose run also tells the planner what the tiny batches are: 16 tokens, 8 slots or 8 written tokens."""
     model = tiny.tiny_model(vocab_size=vocab_size, generator_num_layers=0 if spans else 2)
     run: RunConfig = replace(
-        tiny.tiny_run(model, parallel, ObjectiveConfig(objective="t5-span" if spans else "metro"), bf16=bf16),
-        data=DataConfig(encoder_seq_length=tiny.LENGTH, decoder_seq_length=8 if spans else None),
+        tiny.tiny_run(model, parallel, SPANS if spans else ObjectiveConfig(), bf16=bf16),
+        data=DataConfig(encoder_seq_length=tiny.LENGTH),
         training=TrainingConfig(micro_batch_size=micro_batch_size),
     )
     return Case(
