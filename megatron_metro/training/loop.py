@@ -18,7 +18,7 @@ from megatron_metro.config.curriculum import objective_at, scheduled_values
 from megatron_metro.config.errors import MetroError
 from megatron_metro.config.fields import list_settings, read_value
 from megatron_metro.config.files import check_writable
-from megatron_metro.config.schema import RunConfig
+from megatron_metro.config.schema import CheckpointConfig, RunConfig
 from megatron_metro.config.validation import data_parallel_size, require_training_inputs
 from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.device import Device, activate
@@ -76,10 +76,12 @@ def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
     run = fit_to_machine(run, tokenizer, device)
     tp_size = run.parallel.tensor_model_parallel_size
     dp_size = data_parallel_size(run.parallel, world_size)
-    stages = list_stages(run, check_folders(run))
+    start_iteration = find_start(run.checkpoint)
+    stages = list_stages(run, start_iteration)
     for stage in stages:
         plan_layout(stage)
     loaders = [build_loaders(stage, tokenizer, rank // tp_size % dp_size, dp_size) for stage in stages]
+    check_folders(run, start_iteration)
     timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
     groups = initialise(run.parallel, device, timeout, list_agreed(run, tokenizer, *loaders[0]))
     try:
@@ -135,19 +137,22 @@ def list_agreed(
     return [*flags, f"a tokenizer with checksum {tokenizer.sha256[:12]}", *texts]
 
 
-def check_folders(run: RunConfig) -> int:
-    """The step to start from, found before anything starts: --load has it, --save is not beyond it and writable."""
-    checkpoint, iteration = run.checkpoint, 0
-    if checkpoint.load is not None:
-        step = find_step(checkpoint)
-        if step is not None and not checkpoint.finetune:
-            iteration = read_document(step)["train"]["iteration"]
-    if checkpoint.save is not None:
-        check_save_folder(checkpoint.save, iteration)
-        check_writable(Path(checkpoint.save), "--save")
+def find_start(checkpoint: CheckpointConfig) -> int:
+    """The step that the run starts from: what --load holds, or 0."""
+    step = find_step(checkpoint) if checkpoint.load is not None else None
+    if step is None or checkpoint.finetune:
+        return 0
+    iteration: int = read_document(step)["train"]["iteration"]
+    return iteration
+
+
+def check_folders(run: RunConfig, start_iteration: int) -> None:
+    """Find out before anything starts that --save is not beyond the start, and that what is written can be."""
+    if run.checkpoint.save is not None:
+        check_save_folder(run.checkpoint.save, start_iteration)
+        check_writable(Path(run.checkpoint.save), "--save")
     if run.logging.tensorboard_dir is not None:
         check_writable(Path(run.logging.tensorboard_dir), "--tensorboard-dir")
-    return iteration
 
 
 class Trainer:

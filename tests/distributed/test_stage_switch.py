@@ -21,7 +21,7 @@ from megatron_metro.parallel.groups import ParallelGroups, reinitialise
 from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import load_tokenizer
 from megatron_metro.training.engine import Engine
-from megatron_metro.training.loop import Trainer, check_folders, train_stages
+from megatron_metro.training.loop import Trainer, find_start, train_stages
 from megatron_metro.training.stages import list_stages
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.markov import TOKENIZER, markov_run, write_source
@@ -73,7 +73,7 @@ def train_run(run: RunConfig) -> None:
     run = resolve(run, groups.world_size)
     require_training_inputs(run)
     tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
-    stages = list_stages(run, check_folders(run))
+    stages = list_stages(run, find_start(run.checkpoint))
     loaders = [build_loaders(stage, tokenizer, groups.dp_rank, groups.dp_size) for stage in stages]
     train_stages(stages, loaders, device, groups, tokenizer)
 
