@@ -85,9 +85,7 @@ def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
     timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
     groups = initialise(run.parallel, device, timeout, list_agreed(run, tokenizer, *loaders[0]))
     try:
-        if run.checkpoint.save is not None and rank == 0:
-            save_config(run, Path(run.checkpoint.save) / "config.yaml")
-        train_stages(stages, loaders, device, groups, tokenizer)
+        train_stages(run, list(zip(stages, loaders, strict=True)), device, groups, tokenizer)
     except MetroError:  # on every rank alike; after any other error peers may wait in a collective, so just end
         groups.destroy()
         raise
@@ -95,16 +93,18 @@ def pretrain(run: RunConfig, rank: int, world_size: int) -> None:
 
 
 def train_stages(
-    stages: Sequence[RunConfig],
-    loaders: Sequence[tuple[StepLoader, StepLoader | None]],
+    run: RunConfig,
+    stages: Sequence[tuple[RunConfig, tuple[StepLoader, StepLoader | None]]],
     device: Device,
     groups: ParallelGroups,
     tokenizer: Tokenizer,
 ) -> None:
-    """One stage of a run after the other, each with a model of its own, or up to where --exit-interval ends it all."""
-    for stage, (train_loader, valid_loader) in zip(stages, loaders, strict=True):
+    """The stages of a run with their loaders, each with a model of its own, or up to where --exit-interval ends it."""
+    for stage, (train_loader, valid_loader) in stages:
         with closing(train_loader):
             trainer = Trainer(stage, device, groups, tokenizer, train_loader, valid_loader)
+            if run.checkpoint.save is not None and groups.rank == 0:  # not before --load is known to be whole
+                save_config(run, Path(run.checkpoint.save) / "config.yaml")
             trainer.fit()
             trainer.close()
         if trainer.is_told_to_exit:

@@ -75,7 +75,7 @@ def train_run(run: RunConfig) -> None:
     tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
     stages = list_stages(run, find_start(run.checkpoint))
     loaders = [build_loaders(stage, tokenizer, groups.dp_rank, groups.dp_size) for stage in stages]
-    train_stages(stages, loaders, device, groups, tokenizer)
+    train_stages(run, list(zip(stages, loaders, strict=True)), device, groups, tokenizer)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
