@@ -18,19 +18,22 @@ Pool = Callable[[int], WorkerPool]
 
 # Processes, tensor-parallel size, stages; what is left are replicas.
 GRIDS = [(4, 1, 2), (4, 1, 4), (4, 2, 2), (3, 1, 3), (2, 1, 2)]
-SPANS = tiny.tiny_model(generator_num_layers=0)
+MODELS = {"metro": tiny.tiny_model(), "spans": tiny.tiny_model(generator_num_layers=0)}
+CUTS = [
+    (*grid, vpp, name)
+    for grid in GRIDS
+    for vpp in (1, 2, 3, 4)
+    for name, model in MODELS.items()
+    if grid[2] * vpp <= len(build_chain(model))
+]
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("spans", [False, True], ids=["metro", "spans"])
-@pytest.mark.parametrize("vpp", [1, 2, 3, 4])
-@pytest.mark.parametrize(("world_size", "tp", "pp"), GRIDS)
+@pytest.mark.parametrize(("world_size", "tp", "pp", "vpp", "model_name"), CUTS)
 def test_messages_are_the_planned_ones(
-    world_size: int, tp: int, pp: int, vpp: int, spans: bool, bf16: bool, pool: Pool
+    world_size: int, tp: int, pp: int, vpp: int, model_name: str, bf16: bool, pool: Pool
 ) -> None:
-    model = SPANS if spans else tiny.tiny_model()
-    if pp * vpp > len(build_chain(model)):
-        pytest.skip("more pieces than units")
+    model, spans = MODELS[model_name], model_name == "spans"
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp,
         sequence_parallel=tp > 1,
