@@ -179,6 +179,8 @@ def _become(tool: str, flags: Sequence[str], environment: dict[str, str], stem: 
             opened = os.open(path, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT)
             os.dup2(opened, descriptor)
             os.close(opened)
+        # As at a terminal: a shell that starts the tests in the background lets all of them ignore the interrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(environment)
         sys.argv = [f"tools/{tool}.py", *flags]
         runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
