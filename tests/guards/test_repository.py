@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.layouts import matrix
 from tests.helpers.repository import PACKAGE, ROOT, list_files, list_python_files, parse, relative
 
 TOP_LEVEL = {
@@ -97,3 +98,8 @@ def test_modules_say_what_they_are_for():
 def has_docstring(path: Path) -> bool:
     body = parse(path).body
     return bool(body) and hasattr(body[0], "value") and isinstance(getattr(body[0].value, "value", None), str)
+
+
+def test_readme_counts_the_rows_of_the_parity_matrix():
+    num_rows = sum(map(len, matrix().values()))
+    assert f" It has {num_rows:,} rows " in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
