@@ -284,8 +284,10 @@ def _on_first_rank(function: Callable[[], T]) -> T:
             answer[0] = function()
         except MetroError as error:
             answer[1] = error
-        except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for it)
+        except OSError as error:
             answer[1] = StorageError(first_line(error))
+        except Exception as error:  # noqa: BLE001 (a fault of ours; the other ranks must not wait for it)
+            answer[1] = RuntimeError(first_line(error))
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]

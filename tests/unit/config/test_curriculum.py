@@ -90,4 +90,6 @@ def test_a_schedule_that_cannot_work_is_refused(words, parts):
 def test_a_schedule_replaces_its_setting():
     """Weights of 0 are no error where a schedule raises them."""
     words = "--mlm-loss-weight 0 --rtd-loss-weight 0 --lm-loss-weight 0 --rtd-loss-weight-schedule 0:0,9:1"
-    validate(parse_run(["--preset", "metro-tiny", *words.split()], 1), 1)
+    run = parse_run(["--preset", "metro-tiny", *words.split()], 1)
+    assert run.objective.rtd_loss_weight == 0
+    assert [objective_at(run.objective, step).rtd_loss_weight for step in (0, 9, 20)] == [0, 1, 1]

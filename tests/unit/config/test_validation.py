@@ -12,7 +12,7 @@ from megatron_metro.config.cli import parse_run, read_run
 from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.schema import RunConfig, TrainingConfig
-from megatron_metro.config.validation import data_parallel_size, require_training_inputs, validate
+from megatron_metro.config.validation import data_parallel_size, require_training_inputs, resolve, validate
 
 T5 = "--objective t5-span --generator-num-layers 0"
 GOOD = [  # processes, words on top of metro-tiny
@@ -194,7 +194,8 @@ BAD = [  # processes, words on top of metro-tiny, parts of the message
 
 @pytest.mark.parametrize(("world_size", "words"), GOOD, ids=[words for _, words in GOOD])
 def test_good_runs_pass(world_size, words):
-    parse_run(["--preset", "metro-tiny", *words.split()], world_size)
+    run = parse_run(["--preset", "metro-tiny", *words.split()], world_size)
+    assert resolve(run, world_size) == run and run.training.global_batch_size is not None
 
 
 @pytest.mark.parametrize(("world_size", "words", "parts"), BAD, ids=[f"{n} {words}" for n, words, _ in BAD])
