@@ -37,19 +37,7 @@ Pool = Callable[[int], WorkerPool]
 # Key biases have no gradient but noise, which the second moment would blow up to full updates; epsilon is above it. (In
 # single precision the gradients of queries and keys are known to 1e-5 only beside those of values.)
 OPTIMIZER = {"optimizer": "adafactor", "lr": 1e-2, "adafactor_eps1": 1e-5}
-T5 = {
-    "generator_num_layers": 0,
-    "norm_placement": "pre",
-    "normalization": "RMSNorm",
-    "position_embedding_type": "none",
-    "relative_attention": "per_stack",
-    "relative_attention_decoder": True,
-    "add_bias_linear": False,
-    "softmax_scale": 1.0,
-    "activation": "gated-gelu",
-    "untie_embeddings_and_output_weights": True,
-    "kv_channels": 6,
-}
+T5 = {**tiny.T5_V1_1, "kv_channels": 6}
 NUM_STEPS = 40
 
 
