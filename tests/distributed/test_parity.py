@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.parallel.groups import ParallelGroups
 from tests.helpers import mutations, tiny
 from tests.helpers.distributed import WorkerPool
-from tests.helpers.layouts import OBJECTIVE_VARIANTS, Row
+from tests.helpers.layouts import OBJECTIVE_VARIANTS, Row, made_row
 from tests.helpers.parity import Case, Outcome, run_case, worst_error, worst_metric_error
 
 Pool = Callable[[int], WorkerPool]
@@ -20,8 +21,13 @@ Pool = Callable[[int], WorkerPool]
 WIDE_GENERATOR = {**tiny.SPACTOR, "generator_hidden_size": 24, "activation": "gated-gelu", "untie_mlm_head": False}
 OWN_MATRIX = {**tiny.NARROW_GENERATOR, "untie_mlm_head": True, "mlm_head": "linear", "rtd_head": "gelu"}
 
-VARIED = [{"model_name": name, **variant, "num_steps": 2} for name, variant in OBJECTIVE_VARIANTS.items()]
+VARIED = [
+    {"model_name": name, **variant, "num_steps": 2}
+    for name, variant in OBJECTIVE_VARIANTS.items()
+    if name not in OBJECTIVES  # those are below, with batches of their own
+]
 VARIED_PLACES = (Row(tp=2, sp=True), Row(pp=2), Row(pp=2, vpp=2))
+MADE_PLACES = (Row(tp=2, sp=True), Row(pp=2), Row(dp=2))
 
 ROWS = [
     # one process
@@ -41,6 +47,7 @@ ROWS = [
     Row(dp=2, distributed_optimizer=True),
     Row(pp=2),
     Row(pp=2, vpp=2),
+    Row(pp=2, few_ids=True),
     Row(pp=2, vpp=3, micro_batch_size=1, recompute="full"),
     Row(pp=2, spans=True, model={"generator_num_layers": 0}),
     Row(pp=2, padded=True, model={"generator_embedding_sharing": "token_pos_norm", "rtd_head": "simple"}),
@@ -52,6 +59,8 @@ ROWS = [
     # objectives and ablations beside METRO
     *(replace(place, **variant) for variant in VARIED for place in VARIED_PLACES),
     Row(pp=2, layout="GggMeeR|L", model_name="coco-lm", num_steps=2, **OBJECTIVE_VARIANTS["coco-lm"]),
+    # every objective on batches that it makes itself, with T5's architecture for every other
+    *(made_row(place, name, "METRO" if i % 2 else "T5") for i, name in enumerate(OBJECTIVES) for place in MADE_PLACES),
     # three
     Row(pp=3),
     Row(pp=3, vpp=4, micro_batch_size=1, model={"decoder_num_layers": 4}),
@@ -104,6 +113,7 @@ MUTATIONS: list[tuple[str, Callable, Row]] = [
     ("a missing sequence_parallel mark", mutations.missing_sequence_mark, Row(tp=2, sp=True)),
     ("an off-by-one slot", mutations.shifted_slot, Row(tp=2)),
     ("a wrong data-parallel divisor", mutations.local_divisor, Row(dp=2)),
+    ("fills shifted at a boundary", mutations.shifted_ids, Row(pp=2, few_ids=True)),
 ]
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from megatron_metro.config.chain import build_chain
-from megatron_metro.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_metro.config.objectives import OBJECTIVES
+from megatron_metro.config.schema import DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, RunConfig
+from megatron_metro.config.terms import follow_objective
 from megatron_metro.parallel.layout import StageLayout
 from tests.helpers import tiny
 from tests.helpers.parity import GLOBAL_BATCH_SIZE, Case
@@ -34,6 +36,8 @@ class Row:
     recompute: str | None = None
     padded: bool = False
     spans: bool = False
+    made: bool = False  # batches that the objective itself makes of random text, in the networks it needs
+    few_ids: bool = False  # so few that the generator often fills in the original
     layout: str | None = None
     num_steps: int = 5
     model: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +63,7 @@ class Row:
         parts += [self.recompute] if self.recompute else []
         parts += ["padded"] if self.padded else []
         parts += ["spans"] if self.spans else []
+        parts += ["few ids"] if self.few_ids else []
         parts += [self.layout] if self.layout else []
         parts += [self.model_name] if self.model_name else [f"{k}={v}" for k, v in self.model.items()]
         parts += [f"{k}={v}" for k, v in (self.objective | self.optimizer).items()]
@@ -98,21 +103,30 @@ class Row:
 
     def reference_key(self) -> str:
         """Rows with equal keys share a reference."""
-        return repr((self.dtype, self.num_steps, self.padded, self.spans, self.model, self.objective, self.optimizer))
+        batches = (self.num_steps, self.padded, self.spans, self.made, self.few_ids)
+        return repr((self.dtype, batches, self.model, self.objective, self.optimizer))
 
     def _case(self, parallel: ParallelConfig) -> Case:
         model: ModelConfig = tiny.tiny_model(**self.model)
         optimizer = self.optimizer or (FP32_OPTIMIZER if self.is_single else {})
         run = tiny.tiny_run(model, parallel, ObjectiveConfig(**self.objective), **optimizer)
         return Case(
-            run=run,
+            run=_follow(run) if self.made else run,
             micro_batch_size=self.micro_batch_size,
             dtype=self.dtype,
             num_steps=self.num_steps,
             padded=self.padded,
             spans=self.spans,
+            made=self.made,
+            few_ids=self.few_ids,
             layout=self.layout,
         )
+
+
+def _follow(run: RunConfig) -> RunConfig:
+    """The run with the networks, loss weights and lengths of its objective; tensor-parallel pairs share the lengths."""
+    length = 24 if run.objective.objective in ("t5-span", "spactor") else tiny.LENGTH
+    return replace(follow_objective(run, tiny.tiny_run(), ()), data=DataConfig(encoder_seq_length=length))
 
 
 # Three ranks share six heads; the sequences of 16 tokens are in no three parts, so without sequence parallelism.
@@ -160,6 +174,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"model": {"rtd_head": "none"}},
     {"model": {"mlm_head": "linear"}},
     {"objective": {"weighted_lm_loss": True}},
+    {"few_ids": True},
     {
         "model_name": "bias per stack",
         "model": {"relative_attention": "per_stack", "relative_attention_decoder": True},
@@ -205,7 +220,7 @@ OBJECTIVE_VARIANTS: dict[str, dict[str, Any]] = {
             "lm_head": "roberta",
             "norm_placement": "pre",
         },
-        "objective": {"objective": "electra", "weighted_lm_loss": True},
+        "objective": {"objective": "electra"},
     },
 }
 
@@ -236,6 +251,38 @@ def variant_rows(world_size: int) -> list[Row]:
     return [replace(place, **variant) for place, variant in product(places, [*VARIANTS, *named])]
 
 
+# Where every objective trains on batches of its own, on METRO's architecture and on T5's.
+OBJECTIVE_PLACES = (
+    Row(tp=2),
+    Row(tp=2, sp=True),
+    Row(pp=2),
+    Row(pp=2, vpp=2),
+    Row(dp=2),
+    Row(tp=2, sp=True, pp=2),
+    Row(tp=2, pp=2, vpp=2, micro_batch_size=3),
+    Row(pp=2, dp=2),
+)
+ARCHITECTURES: dict[str, dict[str, Any]] = {"METRO": {}, "T5": tiny.SPACTOR}
+
+
+def made_row(place: Row, objective: str, architecture: str) -> Row:
+    """Two steps of an objective on batches that it makes itself."""
+    return replace(
+        place,
+        made=True,
+        num_steps=2,
+        model=ARCHITECTURES[architecture],
+        model_name=f"made on {architecture}",
+        objective={"objective": objective},
+    )
+
+
+def objective_rows(world_size: int) -> list[Row]:
+    """Every objective on both architectures in each of the chosen layouts of so many processes."""
+    places = [place for place in OBJECTIVE_PLACES if place.world_size == world_size]
+    return [made_row(*row) for row in product(places, OBJECTIVES, ARCHITECTURES)]
+
+
 def cut_rows(pp: int, vpp: int) -> list[Row]:
     """Every cut of the tiny chain of 11 units into pp x vpp pieces: the generator lies on one, two or three stages."""
     chain = build_chain(tiny.tiny_model())
@@ -254,6 +301,7 @@ def matrix() -> dict[str, list[Row]]:
         groups[f"{world_size}: every layout"] = all_rows(world_size)
         groups[f"{world_size}: overlap and distributed optimizer"] = overlap_rows(world_size)
         groups[f"{world_size}: models, objectives, recomputation"] = variant_rows(world_size)
+        groups[f"{world_size}: batches of every objective"] = objective_rows(world_size)
         if world_size in (2, 3):
             for vpp in range(1, 11 // world_size + 1):
                 groups[f"{world_size}: every cut into {world_size} x {vpp} pieces"] = cut_rows(world_size, vpp)

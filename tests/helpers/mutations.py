@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from megatron_metro.losses.step import COUNT_NAMES, StepLosses
+from megatron_metro.model import piece as piece_module
 from megatron_metro.model import slots as slots_module
+from megatron_metro.parallel.boundary import BoundaryPayload
 from megatron_metro.parallel.groups import all_reduce_sum
 from megatron_metro.training import engine as engine_module
 from megatron_metro.training.engine import Engine
@@ -84,6 +87,19 @@ def shifted_slot(engine: Engine) -> Iterator[None]:
         return original(hidden, (slots - 1).clamp(min=0), *rest)
 
     with replaced_attribute(slots_module, "_local_rows", read_shifted):
+        yield
+
+
+@contextmanager
+def shifted_ids(engine: Engine) -> Iterator[None]:
+    """A stage takes the fill of each slot for that of the next one; few ids, since nearly all fills are wrong ones."""
+    unpack = piece_module.unpack
+
+    def unpack_shifted(*arguments: Any) -> BoundaryPayload:
+        payload = unpack(*arguments)
+        return payload if payload.sampled_ids is None else replace(payload, sampled_ids=payload.sampled_ids.roll(1, 1))
+
+    with replaced_attribute(piece_module, "unpack", unpack_shifted):
         yield
 
 

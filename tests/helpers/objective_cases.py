@@ -13,7 +13,7 @@ from megatron_metro.data.blocks import Blocks
 from megatron_metro.data.objectives import Objective, build_objective
 from megatron_metro.data.randomness import BlockKeys
 from megatron_metro.tokenizer import Vocabulary
-from tests.helpers import restatement
+from tests.helpers import restatement, tiny
 from tests.helpers.restatement import METRO_IDS, T5_IDS, Ids
 
 VOCABULARIES = {
@@ -104,6 +104,13 @@ def check_case(case: Case) -> None:
         if value is not None:
             assert torch.equal(getattr(shuffled, field.name), value[order]), field.name
             assert torch.equal(getattr(alone, field.name), value[1:2]), field.name
+
+
+def made_batch(run: RunConfig, num_sequences: int, seed: int) -> Microbatch:
+    """The batch that the objective of a tiny run makes of random text."""
+    vocabulary = Vocabulary(num_pieces=tiny.VOCAB_SIZE - 40, num_sentinels=40)
+    objective = build_objective(run, vocabulary)
+    return objective.make_batch(draw_blocks(objective, vocabulary, seed, num_sequences, is_padded=False))
 
 
 def reorder(blocks: Blocks, order: list[int]) -> Blocks:

@@ -26,6 +26,7 @@ from megatron_metro.parallel.layout import StageLayout, parse
 from megatron_metro.training.engine import Engine
 from megatron_metro.training.optimizer import set_learning_rate
 from tests.helpers import tiny
+from tests.helpers.objective_cases import made_batch
 
 Arrays = dict[str, np.ndarray]
 
@@ -40,6 +41,8 @@ class Case:
     num_steps: int = 5
     padded: bool = False
     spans: bool = False
+    made: bool = False
+    few_ids: bool = False
     keeps_logits: bool = False
     layout: str | None = None  # pieces by hand, in the string form of --pipeline-model-parallel-layout
     mutate: Callable[[Engine], AbstractContextManager[None]] | None = None  # breaks something on purpose
@@ -67,6 +70,8 @@ def run_case(case: Case) -> Outcome | None:
     activate("cpu").seed_all(1, tp_rank=groups.tp_rank)
     engine = Engine(case.run, _build_layout(case.run, case.layout), groups, case.dtype, pad_id=tiny.PAD_ID)
     perturb(engine)
+    if case.few_ids:
+        tiny.prefer_few_ids(engine.pieces, groups.tp_rank)
     set_learning_rate(engine.optimizer, case.run.optimizer.lr)
     try:
         with case.mutate(engine) if case.mutate is not None else nullcontext():
@@ -176,18 +181,23 @@ def _build_layout(run: RunConfig, text: str | None) -> StageLayout:
 
 def local_microbatches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[Microbatch]:
     """This rank's share of the step's global batch, which is the same for every layout."""
-    run, seed, size = case.run, 100 + step, case.micro_batch_size
-    whole = (
-        tiny.span_batch(GLOBAL_BATCH_SIZE, seed)
-        if case.spans
-        else tiny.objective_batch(
-            run.objective, GLOBAL_BATCH_SIZE, seed, padded=case.padded, has_decoder=run.model.has_decoder
-        )
-    )
+    size, whole = case.micro_batch_size, _global_batch(case, 100 + step)
     count, left = divmod(GLOBAL_BATCH_SIZE, size * dp_size)
     assert left == 0, f"{dp_size} replicas cannot share {GLOBAL_BATCH_SIZE} sequences in microbatches of {size}"
     starts = [(j * dp_size + dp_rank) * size for j in range(count)]
     return [_rows(whole, start, start + size) for start in starts]
+
+
+def _global_batch(case: Case, seed: int) -> Microbatch:
+    run = case.run
+    if case.made:
+        return made_batch(run, GLOBAL_BATCH_SIZE, seed)
+    if case.spans:
+        return tiny.span_batch(GLOBAL_BATCH_SIZE, seed)
+    batch = tiny.objective_batch(
+        run.objective, GLOBAL_BATCH_SIZE, seed, padded=case.padded, has_decoder=run.model.has_decoder
+    )
+    return tiny.narrow(batch) if case.few_ids else batch
 
 
 def _rows(batch: Microbatch, start: int, stop: int) -> Microbatch:

@@ -1,5 +1,6 @@
 """A METRO small enough for hundreds of parity runs, and random global batches for it, as plain functions of a seed."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ VOCAB_SIZE = 300  # not a multiple of 128: the last rank holds padded rows
 LENGTH = 16
 NUM_SLOTS = 8
 PAD_ID = 1
+FEW_IDS = 6
 
 # Other architectures, as changes of the tiny model.
 T5_V1_0: dict[str, Any] = {
@@ -146,3 +148,17 @@ def objective_batch(
         tokens = torch.cat([start, batch.target_ids[:, :-1]], dim=1)
         batch = replace(batch, decoder_tokens=tokens, target_slots=slots)
     return batch if has_decoder else replace(batch, decoder_tokens=batch.decoder_tokens[:, :0])
+
+
+def narrow(batch: Microbatch) -> Microbatch:
+    """The same batch over few ids, some of which a generator that prefers these fills in where they were."""
+    names = ("encoder_tokens", "decoder_tokens", "target_ids", "masked_ids")
+    return replace(batch, **{name: 4 + getattr(batch, name) % FEW_IDS for name in names})
+
+
+def prefer_few_ids(pieces: Sequence[torch.nn.Module], tp_rank: int = 0) -> None:
+    """Let the generator prefer the ids of `narrow`, which the first tensor-parallel rank holds."""
+    for piece in pieces:
+        if tp_rank == 0 and hasattr(piece, "mlm_head"):
+            with torch.no_grad():
+                piece.mlm_head.output_bias[4 : 4 + FEW_IDS] += 6.0

@@ -1,18 +1,22 @@
 """Whole runs of metro-tiny under other objectives and ablations: real batches, validation, log, checkpoint, resume."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_metro.config.cli import parse_run
 from megatron_metro.config.fields import change_values
+from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.presets import metro_tiny
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.terms import follow_objective
 from megatron_metro.device import Device
 from megatron_metro.parallel.groups import single_process
-from tests.helpers.markov import markov_run, train, write_source
+from megatron_metro.training.loop import pretrain
+from tests.helpers.markov import TOKENIZER, markov_run, train, write_source
 
 GENERATOR = {"mlm_loss", "generator_accuracy", "rtd_loss", "rtd_replaced_accuracy", "rtd_unreplaced_accuracy"}
 DECODER = {"lm_loss", "replaced_accuracy", "unreplaced_accuracy"}
@@ -56,3 +60,21 @@ def test_a_run_of_ten_steps_and_one_that_goes_on(name: str, source: str, device:
     parts = train(second, device, single_process(device))
     for found, expected in zip(parts.steps[-5:], whole.steps[-5:], strict=True):
         assert [found[key] for key in ("total_loss", "grad_norm")] == [expected["total_loss"], expected["grad_norm"]]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_metro_tiny_trains_on_every_objective(objective: str, source: str, device: Device, tmp_path: Path) -> None:
+    """Through the command's own entry, which starts and ends process groups itself."""
+    single_process(device).destroy()
+    flags = (
+        f"--preset metro-tiny --objective {objective} --tokenizer-type NullTokenizer --vocab-size "
+        f"{TOKENIZER.vocab_size} --data-path {source} --split 95,5,0 --save {tmp_path} --encoder-seq-length 64 "
+        "--global-batch-size 8 --train-iters 6 --lr-warmup-iters 0 --lr 3e-3 --log-interval 1 --eval-iters 1"
+    )
+    pretrain(parse_run(flags.split(), 1), rank=0, world_size=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["split"] == "train"]
+    assert [line["iteration"] for line in steps] == list(range(1, 7))
+    assert all(math.isfinite(line["total_loss"]) and line["grad_norm"] > 0 for line in steps)
+    assert steps[-1]["total_loss"] < steps[0]["total_loss"]
+    assert [line["iteration"] for line in lines if line["split"] == "validation"] == [6]
