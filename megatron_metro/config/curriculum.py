@@ -2,7 +2,7 @@
 
 `--rtd-loss-weight-schedule 0:0,10000:50` is a list of STEP:VALUE points. Between two points the value is linear in the
 step, before the first and after the last it is constant, and two points a step apart are a jump. Step 0 is the run's
-first. A schedule replaces its setting, with one exception: validation masks at --mask-prob throughout, since the same
+first. A schedule replaces its setting, with one exception: validation masks at the setting throughout, since the same
 held-out batches are compared along the run.
 """
 
@@ -18,6 +18,7 @@ from megatron_metro.config.fields import WHOLE_NUMBER, list_settings, parse_text
 from megatron_metro.config.schema import ObjectiveConfig
 
 SUFFIX = "_schedule"
+MASKING_RATES = ("mask_prob", "spactor_mask_prob")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,11 @@ def objective_at(objective: ObjectiveConfig, step: int) -> ObjectiveConfig:
 def largest_values(objective: ObjectiveConfig) -> ObjectiveConfig:
     """The objective with the largest value of every loss weight and masking rate, which sizes what must not change.
 
-    Of the masking rate that includes --mask-prob itself, the rate of validation.
+    Of a masking rate that includes the setting itself, the rate of validation.
     """
     largest = {name: found.largest for name, found in find_schedules(objective).items()}
-    if "mask_prob" in largest:
-        largest["mask_prob"] = max(largest["mask_prob"], objective.mask_prob)
+    for name in set(MASKING_RATES) & largest.keys():
+        largest[name] = max(largest[name], getattr(objective, name))
     return _replace(objective, largest)
 
 

@@ -1,10 +1,11 @@
 """What each objective asks of the rest of a run: generator, sentinels, blocks, targets."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_metro.config.batches import count_steps
+from megatron_metro.config.curriculum import largest_values
 from megatron_metro.config.legal import require
 from megatron_metro.config.lengths import measure_runs
 from megatron_metro.config.schema import RunConfig
@@ -19,6 +20,8 @@ class Requirements:
     lm_targets: tuple[str, ...] = ("masked",)
     masks_tokens: bool = False  # one by one, or with --mask-spans in spans
     takes_lines: bool = False  # blocks of --block-mode complete_doc
+    # What --mask-prob is to it: nothing, what decides how much text a block holds, or free to change along a run.
+    mask_prob: Literal["unused", "sizes", "free"] = "sizes"
     count_spans: Callable[[RunConfig], int] | None = None  # the most sentinels that mark spans of one block
 
 
@@ -38,23 +41,58 @@ def _count_runs(config: RunConfig) -> int:
     return measure_runs(raw_length, count_noise(raw_length, config.objective.mask_prob))[0] + 1
 
 
-TEXT_TO_TEXT = Requirements()
+MOST_RUNS = 0.5  # the share of noise tokens at which they form the most runs
 OBJECTIVES: dict[str, Requirements] = {
     "metro": Requirements(
-        generator="optional", lm_targets=("masked", "all", "masked-only"), masks_tokens=True, takes_lines=True
+        generator="optional",
+        lm_targets=("masked", "all", "masked-only"),
+        masks_tokens=True,
+        takes_lines=True,
+        mask_prob="free",
     ),
-    "electra": Requirements(generator="needed", lm_targets=("masked", "all"), masks_tokens=True, takes_lines=True),
+    "electra": Requirements(
+        generator="needed", lm_targets=("masked", "all"), masks_tokens=True, takes_lines=True, mask_prob="free"
+    ),
     # Without a generator it is span corruption alone, as after its stage switch.
     "spactor": Requirements(generator="optional", count_spans=_count_spans),
     "t5-span": Requirements(count_spans=_count_spans),
-    "t5-metro": Requirements(lm_targets=("masked", "all"), takes_lines=True, count_spans=_count_metro_spans),
-    "t5-iid": Requirements(count_spans=_count_runs),
-    "prefix-lm": TEXT_TO_TEXT,
-    "bert-style": TEXT_TO_TEXT,
-    "mass-style": TEXT_TO_TEXT,
-    "deshuffle": TEXT_TO_TEXT,
-    "drop-tokens": TEXT_TO_TEXT,
+    "t5-metro": Requirements(
+        lm_targets=("masked", "all"), takes_lines=True, count_spans=_count_metro_spans, mask_prob="free"
+    ),
+    "t5-iid": Requirements(count_spans=_count_runs, mask_prob="free"),
+    "prefix-lm": Requirements(mask_prob="unused"),
+    "bert-style": Requirements(mask_prob="free"),
+    "mass-style": Requirements(mask_prob="free"),
+    "deshuffle": Requirements(mask_prob="unused"),
+    "drop-tokens": Requirements(),
 }
+
+
+def _check_rates(config: RunConfig, needs: Requirements) -> None:
+    """Masking rates change along a run only where they are used and decide no static length."""
+    objective = config.objective
+    name, schedule = f"--objective {objective.objective}", objective.mask_prob_schedule
+    if schedule is not None:
+        require(needs.mask_prob != "unused", f"--mask-prob-schedule {schedule} is of no use to {name}; drop it")
+        others = (
+            "--spactor-mask-prob-schedule" if name.endswith("spactor") else "--objective t5-iid, bert-style or metro"
+        )
+        require(
+            needs.mask_prob == "free",
+            f"--mask-prob-schedule {schedule} would change how much text a block of {name} holds, which is static; "
+            f"drop it, or give {others}",
+        )
+        require(
+            objective.objective != "t5-iid" or largest_values(objective).mask_prob <= MOST_RUNS,
+            f"--mask-prob-schedule {schedule} passes {MOST_RUNS}, from where on {name} needs fewer sentinels than on "
+            f"the way; give at most {MOST_RUNS}",
+        )
+    require(
+        objective.spactor_mask_prob_schedule is None
+        or (objective.objective == "spactor" and config.model.has_generator),
+        f"--spactor-mask-prob-schedule {objective.spactor_mask_prob_schedule} is for --objective spactor with a "
+        f"generator, found {name} and --generator-num-layers {config.model.generator_num_layers}; drop it",
+    )
 
 
 def has_decoder(config: RunConfig) -> bool:
@@ -106,11 +144,7 @@ def check_data_of_objective(config: RunConfig) -> None:
         needs.masks_tokens or not objective.mask_spans,
         f"--mask-spans changes what metro and electra mask, found {name}; drop it",
     )
-    require(
-        needs.masks_tokens or objective.mask_prob_schedule is None,
-        f"--mask-prob-schedule {objective.mask_prob_schedule} would change the lengths of {name}, which are static; "
-        "drop it, or give --objective metro",
-    )
+    _check_rates(config, needs)
     require(
         needs.takes_lines or config.data.block_mode == "full",
         f"{name} corrupts full blocks, found --block-mode {config.data.block_mode}; give full",
@@ -123,7 +157,8 @@ def check_data_of_objective(config: RunConfig) -> None:
     if needs.count_spans is None:
         return
     # The tokenizer, not known here, says whether one more is needed; METRO's does.
-    num_spans, extra_ids = needs.count_spans(config), config.tokenizer.vocab_extra_ids
+    largest = replace(config, objective=largest_values(objective))
+    num_spans, extra_ids = needs.count_spans(largest), config.tokenizer.vocab_extra_ids
     require(
         extra_ids >= num_spans,
         f"--vocab-extra-ids {extra_ids} are too few for {num_spans} spans; give at least {num_spans + 1}",

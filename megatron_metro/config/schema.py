@@ -235,8 +235,11 @@ class ObjectiveConfig:
     )
     lm_loss_weight_schedule: str | None = option(None, "--lm-loss-weight along the run, likewise")
     mask_prob_schedule: str | None = option(
-        None, "--mask-prob along the run, likewise; validation masks at --mask-prob (metro)"
+        None,
+        "--mask-prob along the run, likewise, where it does not decide how much text a block holds (metro, electra, "
+        "t5-metro, t5-iid, bert-style, mass-style); validation masks at --mask-prob",
     )
+    spactor_mask_prob_schedule: str | None = option(None, "--spactor-mask-prob along the run, likewise")
     spactor_tau: int | None = option(
         120_000,
         "step at which SPACTOR drops its generator and goes on with span corruption alone; none: never",

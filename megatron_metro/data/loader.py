@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.batches import count_completed_steps
-from megatron_metro.config.curriculum import find_schedules
+from megatron_metro.config.curriculum import MASKING_RATES, find_schedules
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.mixture import Mixture, Part, TextFacts, build_mixture
-from megatron_metro.data.objectives import Objective, build_objective, with_mask_prob
+from megatron_metro.data.objectives import Objective, build_objective
 from megatron_metro.data.workers import WorkerPool
 from megatron_metro.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ class StepReader:
     micro_batch_size: int
     dp_rank: int
     dp_size: int
-    mask_prob_at: Callable[[int], float] | None = None  # by consumed samples; None: the objective's own
+    objective_at: Callable[[int], Objective] | None = None  # by consumed samples, where masking rates are scheduled
 
     def read(self, request: StepRequest) -> StepArrays:
         """The fields of all microbatches of a step, one after the other along the first dimension."""
@@ -45,8 +45,8 @@ class StepReader:
         first = consumed + (np.arange(num_microbatches) * self.dp_size + self.dp_rank) * self.micro_batch_size
         samples = (first[:, None] + np.arange(self.micro_batch_size)).ravel()
         objective = self.objective
-        if self.mask_prob_at is not None:
-            objective = with_mask_prob(objective, self.mask_prob_at(consumed))
+        if self.objective_at is not None:
+            objective = self.objective_at(consumed)
         batch = objective.make_batch(self.mixture.read(samples))
         values = ((field.name, getattr(batch, field.name)) for field in fields(Microbatch))
         return {name: value.numpy() for name, value in values if value is not None}
@@ -65,6 +65,7 @@ class LoaderSpec:
     def open(self) -> StepReader | None:
         """Open the files; None when the part has no documents."""
         objective = build_objective(self.config, self.facts.vocabulary)
+        is_scheduled = any(name in MASKING_RATES for name in find_schedules(self.config.objective))
         mixture = build_mixture(self.config, self.facts, objective, self.part)
         if mixture is None:
             return None
@@ -74,16 +75,13 @@ class LoaderSpec:
             micro_batch_size=self.config.training.micro_batch_size,
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
-            mask_prob_at=self._mask_prob_at,
+            objective_at=self._objective_at if is_scheduled and self.part == "train" else None,
         )
 
-    @property
-    def _mask_prob_at(self) -> Callable[[int], float] | None:
-        """The scheduled masking rate by consumed samples; validation has no schedule."""
-        schedule = find_schedules(self.config.objective).get("mask_prob")
-        if schedule is None or self.part != "train":
-            return None
-        return lambda consumed: schedule.value_at(count_completed_steps(self.config.training, consumed))
+    def _objective_at(self, consumed_samples: int) -> Objective:
+        """The objective at the scheduled masking rates; validation has no schedule."""
+        step = count_completed_steps(self.config.training, consumed_samples)
+        return build_objective(self.config, self.facts.vocabulary, step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +144,7 @@ class StepLoader:
         missing = num_microbatches - len(self._ahead)
         if missing > 0:
             # Steps of a schedule differ in their masking rate.
-            num_ahead = 0 if self._reader.mask_prob_at else READ_AHEAD_BLOCKS // self._reader.micro_batch_size
+            num_ahead = 0 if self._reader.objective_at else READ_AHEAD_BLOCKS // self._reader.micro_batch_size
             num_read = max(missing, num_ahead)
             first = self.consumed_samples + self._count_samples(len(self._ahead))
             self._ahead += _split(self._reader.read((first, num_read)), num_read)

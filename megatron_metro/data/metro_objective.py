@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
-from megatron_metro.config.curriculum import largest_values
-from megatron_metro.config.lengths import count_slots
+from megatron_metro.config.lengths import Lengths, count_slots
 from megatron_metro.config.objectives import has_decoder
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.blocks import Blocks, map_rows
@@ -58,7 +57,7 @@ class MetroObjective:
     has_generator: bool = True
     has_decoder: bool = True
     is_padded: bool = False  # complete_doc: blocks may end early
-    largest_mask_prob: float | None = None  # of a schedule, whose steps all have as many slots as this needs
+    num_slots: int | None = None  # static; those of `mask_prob` when not given, where a schedule may need more
 
     @property
     def raw_length(self) -> int:
@@ -84,7 +83,7 @@ class MetroObjective:
 
     @property
     def _num_slots(self) -> int:
-        return count_slots(self.sequence_length, self.largest_mask_prob or self.mask_prob)
+        return self.num_slots or count_slots(self.sequence_length, self.mask_prob)
 
     def make_batch(self, blocks: Blocks) -> Microbatch:
         """The microbatch of these blocks; row i depends on row i alone."""
@@ -190,14 +189,14 @@ class MetroObjective:
         return _Targets(torch.where(valid, torch.arange(length), length), torch.from_numpy(blocks.tokens), valid)
 
 
-def build_metro(run: RunConfig, vocabulary: Vocabulary) -> MetroObjective:
+def build_metro(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> MetroObjective:
     """`metro` and `electra` as a run asks for them."""
     config = run.objective
     return MetroObjective(
         vocabulary=vocabulary,
-        sequence_length=run.data.encoder_seq_length,
+        sequence_length=lengths.encoder,
         mask_prob=config.mask_prob,
-        largest_mask_prob=largest_values(config).mask_prob if config.mask_prob_schedule else None,
+        num_slots=int(lengths.masked or lengths.targets) if config.mask_prob_schedule else None,
         mask_token_prob=config.mask_token_prob,
         mask_random_prob=config.mask_random_prob,
         mask_special_tokens=config.mask_special_tokens,

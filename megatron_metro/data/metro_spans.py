@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_metro.config.lengths import Lengths, static_lengths
+from megatron_metro.config.lengths import Lengths
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.spans import EMPTY_SHARE, metro_span_lengths
 from megatron_metro.data.blocks import Blocks
@@ -81,9 +81,9 @@ def write_sides(blocks: Blocks, noise: Mask, empty: Mask, lengths: Lengths, voca
     return Sides(inputs, targets, input_lengths, append(targets, target_lengths, closing))
 
 
-def build_metro_spans(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
+def build_metro_spans(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> TextToTextObjective:
     """`t5-metro`: the decoder writes the spans, or with --lm-targets all the whole text (the paper's control)."""
-    objective, lengths = run.objective, static_lengths(run)
+    objective = run.objective
     bounds = metro_span_lengths(lengths.encoder, objective.mask_prob, objective.mean_noise_span_length)
     require_sentinels(vocabulary, bounds.num_spans, f"up to {bounds.num_spans} spans, empty ones included,")
     spans = MetroSpans(mask_prob=objective.mask_prob, longest_span=bounds.longest_span, num_starts=bounds.num_starts)

@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
+from megatron_metro.config.curriculum import largest_values, objective_at
 from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.lengths import Lengths, static_lengths
 from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.blocks import Blocks
-from megatron_metro.data.metro_objective import MetroObjective, build_metro
+from megatron_metro.data.metro_objective import build_metro
 from megatron_metro.data.metro_spans import build_metro_spans
 from megatron_metro.data.spactor_objective import build_spactor
 from megatron_metro.data.span_objective import build_spans
@@ -45,7 +47,7 @@ class Objective(Protocol):
         """The microbatch of these blocks; row i depends on row i alone."""
 
 
-BUILDERS: dict[str, Callable[[RunConfig, Vocabulary], Objective]] = {
+BUILDERS: dict[str, Callable[[RunConfig, Vocabulary, Lengths], Objective]] = {
     "metro": build_metro,
     "electra": build_metro,
     "spactor": build_spactor,
@@ -60,12 +62,20 @@ BUILDERS: dict[str, Callable[[RunConfig, Vocabulary], Objective]] = {
 }
 
 
-def build_objective(run: RunConfig, vocabulary: Vocabulary) -> Objective:
-    """The objective a run asks for; ConfigError when its lengths or its sentinels do not work out."""
+def build_objective(run: RunConfig, vocabulary: Vocabulary, step: int | None = None) -> Objective:
+    """The objective a run asks for; ConfigError when its lengths or its sentinels do not work out.
+
+    With `step`, at the masking rates of the step that follows so many completed ones; shapes are those of all steps.
+    """
     name, data = run.objective.objective, run.data
     if data.block_mode != "full" and not OBJECTIVES[name].takes_lines:
         raise ConfigError(f"--objective {name} corrupts full blocks; it cannot use --block-mode {data.block_mode}")
-    objective = BUILDERS[name](run, vocabulary)
+    lengths = static_lengths(run)
+    if step is not None:
+        return BUILDERS[name](replace(run, objective=objective_at(run.objective, step)), vocabulary, lengths)
+    # Sentinels suffice for every step where they do at the largest rates.
+    BUILDERS[name](replace(run, objective=largest_values(run.objective)), vocabulary, lengths)
+    objective = BUILDERS[name](run, vocabulary, lengths)
     needed = objective.shape(micro_batch_size=1).decoder_length
     if data.decoder_seq_length not in (None, needed):
         raise ConfigError(
@@ -73,9 +83,3 @@ def build_objective(run: RunConfig, vocabulary: Vocabulary) -> Objective:
             f"{data.encoder_seq_length} writes {needed}: leave it out"
         )
     return objective
-
-
-def with_mask_prob(objective: Objective, mask_prob: float) -> Objective:
-    """The same objective, with the same shapes, at another masking rate of its schedule."""
-    assert isinstance(objective, MetroObjective), "--mask-prob-schedule is refused for other objectives"
-    return replace(objective, mask_prob=mask_prob)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_metro.batch import Microbatch, MicrobatchShape
-from megatron_metro.config.lengths import count_slots
+from megatron_metro.config.lengths import Lengths
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.spans import SpanLengths, span_lengths
 from megatron_metro.data.blocks import Blocks, map_rows
@@ -28,6 +28,7 @@ class SpactorObjective:
     vocabulary: Vocabulary
     lengths: SpanLengths
     encoder_length: int
+    num_slots: int  # static; suffices for the largest masking rate of a schedule
     mask_prob: float  # of the tokens that span corruption leaves
     rounds_at_random: bool  # the number of masked tokens; down when False
 
@@ -40,11 +41,6 @@ class SpactorObjective:
     def has_bos(self) -> bool:
         """T5 has no <s>."""
         return False
-
-    @property
-    def num_slots(self) -> int:
-        """Static number of slots the generator fills."""
-        return count_slots(self.lengths.raw_length - self.lengths.num_noise_tokens, self.mask_prob)
 
     def shape(self, micro_batch_size: int) -> MicrobatchShape:
         """Shape of every microbatch; all decoder positions are targets."""
@@ -96,18 +92,19 @@ class SpactorObjective:
         )
 
 
-def build_spactor(run: RunConfig, vocabulary: Vocabulary) -> SpactorObjective | TextToTextObjective:
+def build_spactor(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> SpactorObjective | TextToTextObjective:
     """`spactor` as a run asks for it: without a generator span corruption alone, as after its stage switch."""
     if not run.model.has_generator:
-        return build_spans(run, vocabulary)
-    length, objective = run.data.encoder_seq_length, run.objective
-    lengths = span_lengths(length, objective.mask_prob, objective.mean_noise_span_length)
+        return build_spans(run, vocabulary, lengths)
+    objective = run.objective
+    spans = span_lengths(lengths.encoder, objective.mask_prob, objective.mean_noise_span_length)
     # METRO's mask token marks no span anyway; T5's is a sentinel like others.
-    check_spans(lengths, vocabulary, num_masks=int(vocabulary.is_t5))
+    check_spans(spans, vocabulary, num_masks=int(vocabulary.is_t5))
     return SpactorObjective(
         vocabulary=vocabulary,
-        lengths=lengths,
-        encoder_length=length,
+        lengths=spans,
+        encoder_length=lengths.encoder,
+        num_slots=int(lengths.masked),
         mask_prob=objective.spactor_mask_prob,
         rounds_at_random=objective.probabilistic_rounding,
     )

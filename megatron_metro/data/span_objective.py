@@ -8,6 +8,7 @@ and <sen000> starts the decoder. Letters: b blocks, n tokens of a block, s encod
 import numpy as np
 
 from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.lengths import Lengths
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.spans import SpanLengths, span_lengths
 from megatron_metro.data.blocks import Blocks
@@ -57,11 +58,11 @@ def replace_spans(
     return encoder_tokens, targets
 
 
-def build_spans(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
+def build_spans(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> TextToTextObjective:
     """`t5-span` as a run asks for it."""
-    length, objective = run.data.encoder_seq_length, run.objective
-    lengths = span_lengths(length, objective.mask_prob, objective.mean_noise_span_length)
-    return build_span_objective(lengths, length, vocabulary)
+    objective = run.objective
+    spans = span_lengths(lengths.encoder, objective.mask_prob, objective.mean_noise_span_length)
+    return build_span_objective(spans, lengths.encoder, vocabulary)
 
 
 def build_span_objective(lengths: SpanLengths, encoder_length: int, vocabulary: Vocabulary) -> TextToTextObjective:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_metro.config.lengths import Lengths, measure_runs, static_lengths
+from megatron_metro.config.lengths import Lengths, measure_runs
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.spans import count_noise, drop_lengths
 from megatron_metro.data.blocks import Blocks
@@ -67,9 +67,8 @@ def shuffle_text(tokens: Ids, order: Ids, eos_id: int) -> Sides:
     return full_sides(append_end(np.take_along_axis(tokens, order, axis=1), eos_id), append_end(tokens, eos_id))
 
 
-def build_iid(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
+def build_iid(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> TextToTextObjective:
     """`t5-iid`: single tokens are noise, neighbours share a sentinel."""
-    lengths = static_lengths(run)
     raw_length = lengths.encoder - 1
     num_noise = count_noise(raw_length, run.objective.mask_prob)
     num_sentinels = measure_runs(raw_length, num_noise)[0] + 1
@@ -82,9 +81,8 @@ def build_iid(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
     return _build(vocabulary, lengths, raw_length, corrupt, is_padded=True)
 
 
-def build_drop(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
+def build_drop(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> TextToTextObjective:
     """`drop-tokens`: noise tokens are missing in the input."""
-    lengths = static_lengths(run)
     raw_length, num_noise = drop_lengths(lengths.encoder, run.objective.mask_prob)
 
     def corrupt(blocks: Blocks) -> Sides:
@@ -94,19 +92,18 @@ def build_drop(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
     return _build(vocabulary, lengths, raw_length, corrupt)
 
 
-def build_mass(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
+def build_mass(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> TextToTextObjective:
     """`mass-style`: every noise token is masked."""
-    return _build_masked(run, vocabulary, random_prob=0.0)
+    return _build_masked(run, vocabulary, lengths, random_prob=0.0)
 
 
-def build_bert(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
+def build_bert(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> TextToTextObjective:
     """`bert-style`: a share --mask-random-prob of the noise becomes random tokens, the rest is masked."""
-    return _build_masked(run, vocabulary, random_prob=run.objective.mask_random_prob)
+    return _build_masked(run, vocabulary, lengths, random_prob=run.objective.mask_random_prob)
 
 
-def build_prefix(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
+def build_prefix(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> TextToTextObjective:
     """`prefix-lm`: a text is split at a random place, at least one token on either side."""
-    lengths = static_lengths(run)
 
     def corrupt(blocks: Blocks) -> Sides:
         words = draw_words(blocks.keys, Purpose.SPLIT, 1)[:, 0]
@@ -115,9 +112,8 @@ def build_prefix(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
     return _build(vocabulary, lengths, lengths.encoder, corrupt, is_padded=True)
 
 
-def build_deshuffle(run: RunConfig, vocabulary: Vocabulary) -> TextToTextObjective:
+def build_deshuffle(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths) -> TextToTextObjective:
     """`deshuffle`: the tokens come in random order."""
-    lengths = static_lengths(run)
     raw_length = lengths.encoder - 1
 
     def corrupt(blocks: Blocks) -> Sides:
@@ -132,8 +128,7 @@ def choose_noise(words: Words, num_noise: int) -> Mask:
     return choose(words, np.full(len(words), num_noise, dtype=np.int64))
 
 
-def _build_masked(run: RunConfig, vocabulary: Vocabulary, random_prob: float) -> TextToTextObjective:
-    lengths = static_lengths(run)
+def _build_masked(run: RunConfig, vocabulary: Vocabulary, lengths: Lengths, random_prob: float) -> TextToTextObjective:
     raw_length = lengths.encoder - 1
     num_noise = count_noise(raw_length, run.objective.mask_prob)
 

@@ -31,6 +31,10 @@ def test_largest_values_and_log_names():
 def test_slots_suffice_for_every_step():
     run = parse_run(["--preset", "metro-tiny", "--mask-prob-schedule", "0:0.1,10:0.3,20:0.2"], 1)
     assert static_lengths(run).masked == count_slots(run.data.encoder_seq_length, 0.3)
+    flags = "--preset spactor-base --spactor-mask-prob 0.1 --spactor-mask-prob-schedule 0:0.1,10:0.3"
+    run = parse_run(flags.split(), 1)
+    assert static_lengths(run).masked == count_slots(568 - 85, 0.3)
+    assert static_lengths(run).decoder == 114
 
 
 def test_steps_are_counted_by_samples_also_in_a_ramp():
@@ -71,6 +75,14 @@ def test_a_schedule_that_cannot_be_read_is_one_line(text, parts):
         (
             "--objective t5-span --generator-num-layers 0 --mask-prob-schedule 0:0.1",
             ["--mask-prob-schedule 0:0.1", "t5-span", "static"],
+        ),
+        ("--objective spactor --mask-prob-schedule 0:0.1", ["--mask-prob-schedule", "--spactor-mask-prob-schedule"]),
+        ("--objective deshuffle --mask-prob-schedule 0:0.1", ["--mask-prob-schedule", "of no use", "deshuffle"]),
+        ("--objective t5-iid --mask-prob-schedule 0:0.1,9:0.6", ["--mask-prob-schedule", "at most 0.5"]),
+        ("--spactor-mask-prob-schedule 0:0.1", ["--spactor-mask-prob-schedule 0:0.1", "--objective metro"]),
+        (
+            "--objective t5-iid --vocab-extra-ids 30 --mask-prob 0.1 --mask-prob-schedule 0:0.1,9:0.4",
+            ["--vocab-extra-ids 30", "52 spans"],
         ),
         ("--generator-num-layers 0 --mlm-loss-weight-schedule 0:1", ["--mlm-loss-weight-schedule 0:1", "generator"]),
         ("--rtd-head none --rtd-loss-weight-schedule 0:1", ["--rtd-loss-weight-schedule 0:1", "RTD head"]),

@@ -294,25 +294,52 @@ def count_masked(microbatches: list[Microbatch]) -> float:
     return float(torch.cat([microbatch.masked_valid.sum(1) for microbatch in microbatches]).double().mean())
 
 
-def test_masking_rates_follow_their_schedule_in_static_slots(corpus):
-    config = make_config(corpus.prefix)
-    config = replace(
-        config,
-        objective=replace(config.objective, mask_prob_schedule=SCHEDULE),
-        training=replace(config.training, global_batch_size=16),
-    )
+SCHEDULED = {name: "mask_prob" for name, needs in OBJECTIVES.items() if needs.mask_prob == "free"}
+
+
+def list_real(microbatches: list[Microbatch]) -> dict[str, torch.Tensor]:
+    """What does not depend on the number of slots: texts, and the ids of slots in use."""
+    values = join(microbatches)
+    names = ("encoder_tokens", "generator_tokens")
+    found = {name: values[name] for name in names if name in values}
+    for kind in ("target", "masked"):
+        if f"{kind}_ids" in values:
+            found[kind] = values[f"{kind}_ids"][values[f"{kind}_valid"]]
+    return found
+
+
+@pytest.mark.parametrize(("name", "rate"), [*SCHEDULED.items(), ("spactor", "spactor_mask_prob")])
+def test_masking_rates_follow_their_schedule_in_static_slots(corpus, name, rate):
+    """Each step is that of a run at its constant rate."""
+    plain = make_config(corpus.prefix, objective=name)
+    plain = replace(plain, training=replace(plain.training, global_batch_size=16))
+    config = replace(plain, objective=replace(plain.objective, **{f"{rate}_schedule": SCHEDULE}))
     loader = build(config, corpus)
     steps = [loader.next_step(4) for _ in range(6)]
-    length = config.data.encoder_seq_length
+    sums = []
     for step, microbatches in enumerate(steps):
-        assert microbatches[0].shape == loader.objective.shape(4)
-        assert abs(count_masked(microbatches) - length * min(0.05 + 0.0875 * step, 0.4)) < 1.0
+        assert all(microbatch.shape == loader.objective.shape(4) for microbatch in microbatches)
+        value = 0.05 + (0.4 - 0.05) * min(step / 4, 1.0)
+        constant = build(replace(plain, objective=replace(plain.objective, **{rate: value})), corpus)
+        constant.rewind(step * 16)
+        found, expected = list_real(microbatches), list_real(constant.next_step(4))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found), step
+        sums.append(int(join(microbatches)["encoder_tokens"].sum()) + len(found.get("masked", ())))
+    assert len(set(sums)) == 6  # steps differ
     loader.rewind(3 * 16)
     assert_same(loader.next_step(4), steps[3])
+
+
+def test_workers_follow_the_schedule_too(corpus):
+    config = make_config(corpus.prefix)
+    config = replace(config, objective=replace(config.objective, mask_prob_schedule=SCHEDULE))
+    config = replace(config, training=replace(config.training, global_batch_size=16))
+    loader = build(config, corpus)
     with_workers = build(replace(config, data=replace(config.data, num_workers=2)), corpus)
     try:
-        for microbatches in steps:
-            assert_same(with_workers.next_step(4), microbatches)
+        for _ in range(6):
+            assert_same(with_workers.next_step(4), loader.next_step(4))
     finally:
         with_workers.close()
 
