@@ -36,6 +36,7 @@ def t5_base() -> RunConfig:
             add_bias_linear=False,
             softmax_scale=1.0,
             scale_lm_output=True,
+            dropout_places="t5",
             vocab_size=T5_VOCABULARY,
         ),
         objective=replace(run.objective, objective="t5-span"),

@@ -101,6 +101,11 @@ class ModelConfig:
     attention_dropout: float = option(
         0.1, "dropout on attention probabilities of the main model", minimum=0.0, below=1.0
     )
+    dropout_places: Literal["metro", "t5"] = option(
+        "metro",
+        "metro: hidden-dropout after embeddings and sublayers; t5: also on the activations of feed-forward layers and "
+        "after the final norm of each stack",
+    )
     generator_dropout: float = option(
         0.0, "both dropouts inside the generator (0 in every METRO recipe)", minimum=0.0, below=1.0
     )

@@ -4,7 +4,6 @@ Shape letters: s query positions, k key positions, b sequences, n local heads, d
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -18,6 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
+
+from megatron_metro.model.dense import split_dropout_rng
 
 
 class BiasedAttention(MegatronModule):
@@ -70,7 +71,7 @@ class BiasedAttention(MegatronModule):
         s, b, n, d = query_SBND.shape
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_KBND, value_KBND))
         dropout = self.dropout if self.training else 0.0
-        with self._dropout_rng(dropout):
+        with split_dropout_rng(self.config, dropout):
             if bias is None:
                 mask = self._allowed(mask, s, key.shape[2])
                 context = functional.scaled_dot_product_attention(
@@ -112,13 +113,6 @@ class BiasedAttention(MegatronModule):
         if self.is_causal and num_queries == num_keys:  # queries at slots bring their own causal mask
             allowed = allowed & torch.ones(num_queries, num_keys, dtype=torch.bool, device=mask.device).tril()
         return allowed
-
-    def _dropout_rng(self, dropout: float) -> AbstractContextManager[None]:
-        # Heads are split over ranks, so each rank draws its own dropout; under sequence parallelism the whole layer
-        # already runs in the tensor-parallel random state.
-        if dropout == 0.0 or self.config.sequence_parallel:
-            return nullcontext()
-        return tensor_parallel.get_cuda_rng_tracker().fork()
 
 
 class QkvLinear(ColumnParallelLinear):

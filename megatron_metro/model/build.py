@@ -32,7 +32,10 @@ def build_pieces(
     context = PieceContext(
         model=run.model,
         configs=build_transformer_configs(run, dtype),
-        spec=local_spec(recompute_scores=run.parallel.recompute_granularity == "selective"),
+        spec=local_spec(
+            recompute_scores=run.parallel.recompute_granularity == "selective",
+            drops_activations=run.model.dropout_places == "t5",
+        ),
         shard=VocabShard(
             vocab_size=run.model.vocab_size,
             padded_size=pad_vocab_size(run),

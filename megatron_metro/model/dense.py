@@ -1,6 +1,11 @@
-"""A linear layer outside the transformer layers: in heads, and between networks of different widths."""
+"""Linear layers of our own: outside the transformer layers, in heads and between networks of different widths; and
+the second of T5's feed-forward layers, with dropout on what it reads.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from megatron.core.tensor_parallel import RowParallelLinear, get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -28,3 +33,23 @@ class Dense(MegatronModule):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., in_size] to [..., out_size]."""
         return functional.linear(hidden, self.weight, self.bias)
+
+
+class DroppingLinear(RowParallelLinear):
+    """A row-parallel layer with the hidden dropout of its network on its input (T5's feed-forward activations)."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[s, b, this rank's share of the width] to [s, b, h]."""
+        rate = self.config.hidden_dropout if self.training else 0.0
+        with split_dropout_rng(self.config, rate):
+            return super().forward(functional.dropout(input_, rate))  # type: ignore[no-any-return]
+
+
+def split_dropout_rng(config: TransformerConfig, rate: float) -> AbstractContextManager[None]:
+    """The random state for what tensor-parallel ranks hold different parts of, heads or activations.
+
+    Each draws its own dropout; under sequence parallelism the whole layer already runs in that state.
+    """
+    if rate == 0.0 or config.sequence_parallel:
+        return nullcontext()
+    return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]

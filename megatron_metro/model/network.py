@@ -110,6 +110,7 @@ class NetworkShare(MegatronModule):
         self.layers = NumberedLayers(config, {i: self._build_layer(model, spec, i, collection) for i in plan.layers})
         if plan.ends and model.norm_placement == "pre":
             self.final_norm = spec.norm(config, config.hidden_size)
+            self.final_dropout = config.hidden_dropout if model.dropout_places == "t5" else 0.0
 
     def _build_layer(
         self, model: ModelConfig, spec: LayerSpec, number: int, collection: ProcessGroupCollection
@@ -149,8 +150,11 @@ class NetworkShare(MegatronModule):
         return self.embedding_projection(embedded_SBH) if hasattr(self, "embedding_projection") else embedded_SBH
 
     def finish(self, hidden_SBH: Tensor) -> Tensor:
-        """The stack's output: normalised in a Pre-LN stack, as it is in METRO's."""
-        return self.final_norm(hidden_SBH) if hasattr(self, "final_norm") else hidden_SBH
+        """The stack's output: normalised in a Pre-LN stack, with T5's dropout after it; as it is in METRO's."""
+        if not hasattr(self, "final_norm"):
+            return hidden_SBH
+        with self.dropout_rng():
+            return functional.dropout(self.final_norm(hidden_SBH), self.final_dropout, self.training)
 
     def stack_bias(self, length: int) -> Tensor | None:
         """The relative bias [1, local heads, length, length] that all layers of the stack share (T5), if it does."""

@@ -13,6 +13,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_metro.model.attention import BiasedAttention, QkvLinear, SlotSelfAttention
+from megatron_metro.model.dense import DroppingLinear
 from megatron_metro.model.norm import Norm
 
 
@@ -26,8 +27,9 @@ class LayerSpec:
     norm: type[Norm]
 
 
-def local_spec(recompute_scores: bool) -> LayerSpec:
+def local_spec(recompute_scores: bool, drops_activations: bool) -> LayerSpec:
     """Pure PyTorch parts: run on CPU, and on CUDA without Transformer Engine."""
+    second_linear = DroppingLinear if drops_activations else RowParallelLinear
     attention = partial(BiasedAttention, recompute_scores=recompute_scores)
     return LayerSpec(
         self_attention=ModuleSpec(
@@ -45,8 +47,6 @@ def local_spec(recompute_scores: bool) -> LayerSpec:
                 linear_proj=RowParallelLinear,
             ),
         ),
-        mlp=ModuleSpec(
-            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        ),
+        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=second_linear)),
         norm=Norm,
     )

@@ -73,6 +73,7 @@ def test_metro_s_architecture(name):
     )
     assert m.generator_embedding_sharing == ("token_pos_norm" if name == "metro-base++" else "token")
     assert (m.hidden_dropout, m.attention_dropout, m.generator_dropout) == (0.1, 0.1, 0.0)
+    assert m.dropout_places == "metro"
 
 
 @pytest.mark.parametrize("name", T5)
@@ -91,6 +92,7 @@ def test_t5_s_architecture(name):
         ("gated-gelu", True, False) if is_new else ("relu", False, True)
     )
     assert m.hidden_dropout == m.attention_dropout == (0.0 if is_new else 0.1)
+    assert m.dropout_places == "t5"
 
 
 @pytest.mark.parametrize(("name", "ffn", "rtd"), [("spactor-base", 1024, 3072), ("spactor-large", 2048, 4096)])
