@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_metro.batch import Microbatch
+from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.schema import ObjectiveConfig
 from megatron_metro.losses.step import StepLosses, count_tokens
 from megatron_metro.model.piece import ChainPiece
@@ -43,10 +44,12 @@ class Restoration:
 
 @torch.no_grad()
 def restore_blocks(piece: ChainPiece, microbatch: Microbatch) -> list[Restoration]:
-    """Every block of a METRO microbatch through a whole model held in one piece, dropout off.
+    """Every block of a METRO or COCO-LM microbatch through a whole model held in one piece, dropout off.
 
-    The generator's fills are drawn with the microbatch's uniforms, as in training and validation.
+    The generator's fills are drawn with the microbatch's uniforms, as in training and validation. ConfigError for a
+    model that has no generator or writes something else than what was masked.
     """
+    _check_restores(piece)
     assert microbatch.masked_slots is not None and microbatch.masked_valid is not None
     was_training = piece.training
     piece.eval()
@@ -75,21 +78,41 @@ def restore_blocks(piece: ChainPiece, microbatch: Microbatch) -> list[Restoratio
     ]
 
 
+def _check_restores(piece: ChainPiece) -> None:
+    model, kind = piece.context.model, piece.context.target_kind
+    if not model.has_generator:
+        raise ConfigError("--generator-num-layers 0 leaves nothing to restore; give a model with a generator")
+    if not model.has_lm_head:
+        raise ConfigError(
+            "--decoder-num-layers 0 without --encoder-lm-head writes nothing that could restore; give a model trained "
+            "with --encoder-lm-head or with a decoder"
+        )
+    if kind == "others":
+        raise ConfigError("--objective spactor writes spans, not what its generator fills; give a model of metro's")
+
+
 def decode_masked(piece: ChainPiece, microbatch: Microbatch, encoded: BoundaryPayload, filled_BS: Tensor) -> Tensor:
-    """Greedy ids [b, g] at the masked slots, from left to right.
+    """Greedy ids [b, g] at the masked slots, all at once by an encoder alone, else from left to right.
 
     The decoder learnt to write masked positions after a true prefix, so elsewhere the prefix takes the encoder's token,
     which nobody changed, and at a masked position what the decoder itself wrote there. Every slot costs a pass of the
-    decoder over the blocks.
+    decoder over the blocks. A decoder of masked tokens alone reads nothing but what it wrote.
     """
     assert microbatch.masked_slots is not None and microbatch.masked_valid is not None
-    tokens = torch.cat([microbatch.decoder_tokens[:, :1], filled_BS[:, :-1]], dim=1)
-    restored = torch.zeros_like(microbatch.masked_slots)
-    for number in range(int(microbatch.masked_valid.sum(1).max())):
+    if not piece.context.model.has_decoder:
+        return piece.predict(encoded, replace(microbatch, target_slots=microbatch.masked_slots))
+    places, is_real = microbatch.masked_slots, microbatch.masked_valid
+    width = microbatch.decoder_tokens.shape[1]
+    if piece.context.target_kind == "fills" and not torch.equal(microbatch.target_slots[is_real], places[is_real]):
+        places = microbatch.target_slots
+    tokens = torch.cat([microbatch.decoder_tokens[:, :1], filled_BS[:, : width - 1]], dim=1)
+    microbatch = replace(microbatch, target_slots=places)
+    restored = torch.zeros_like(places)
+    for number in range(int(is_real.sum(1).max())):
         written = piece.predict(encoded, replace(microbatch, decoder_tokens=tokens))[:, number : number + 1]
         restored[:, number : number + 1] = written
         # What is written at a position is read at the next; the last one's reader is the dump column.
-        next_slot = (microbatch.masked_slots[:, number : number + 1] + 1).clamp(max=tokens.shape[1])
+        next_slot = (places[:, number : number + 1] + 1).clamp(max=width)
         tokens = fill_slots(tokens, next_slot, written)
     return restored
 

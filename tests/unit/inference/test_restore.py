@@ -7,6 +7,8 @@ import torch
 
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.chain import build_chain
+from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.schema import ObjectiveConfig
 from megatron_metro.inference.restore import Restoration, count_repaired, restore_blocks
 from megatron_metro.model.piece import ChainPiece
 from megatron_metro.parallel.layout import single_piece
@@ -18,8 +20,8 @@ from tests.helpers.reference import ReferenceMetro
 Expected = tuple[list[int], list[float], list[int]]  # corrupted block, RTD probabilities, greedy ids at the slots
 
 
-def make_piece(groups, **model) -> ChainPiece:
-    run = tiny.tiny_run(tiny.tiny_model(**model))
+def make_piece(groups, objective: ObjectiveConfig | None = None, **model) -> ChainPiece:
+    run = tiny.tiny_run(tiny.tiny_model(**model), objective=objective)
     engine = Engine(run, single_piece(build_chain(run.model)), groups, torch.float64, pad_id=tiny.PAD_ID)
     perturb(engine)
     return engine.pieces[0]
@@ -66,6 +68,68 @@ def test_restoration_equals_the_oracle(groups, padded):
         assert block.replaced_probs == pytest.approx(probs, abs=1e-9)
         assert list(block.original_ids) == batch.encoder_tokens[row][: len(filled)].tolist()
         assert list(block.masked_slots) == batch.masked_slots[row][batch.masked_valid[row]].tolist()
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_an_encoder_alone_restores_by_its_lm_head(groups, copies):
+    objective = ObjectiveConfig(objective="electra")
+    model = {"decoder_num_layers": 0, "encoder_lm_head": True, "copy_mechanism": copies}
+    piece, batch = make_piece(groups, objective, **model), tiny.metro_batch(4, seed=31)
+    batch = replace(batch, decoder_tokens=batch.decoder_tokens[:, :0])
+    weights = {name: parameter.detach() for name, parameter in piece.named_parameters()}
+    oracle = ReferenceMetro(weights, piece.context.model, pad_id=tiny.PAD_ID)
+    with torch.no_grad():
+        corrupted = batch.encoder_tokens.clone()
+        _, sampled = oracle.fill(batch)
+        for row, slot in batch.masked_valid.nonzero().tolist():
+            corrupted[row, batch.masked_slots[row, slot]] = sampled[row, slot]
+        states = oracle.encode("encoder", corrupted, None)
+        probs, replaced = oracle.project(states).softmax(-1), oracle.detect(states).sigmoid()
+        if copies:
+            probs = probs * replaced[..., None]
+            probs.scatter_add_(2, corrupted[..., None], 1 - replaced[..., None])
+        greedy = probs.argmax(-1)
+    for row, block in enumerate(restore_blocks(piece, batch)):
+        slots = batch.masked_slots[row][batch.masked_valid[row]]
+        assert list(block.filled_ids) == corrupted[row].tolist()
+        assert list(block.restored_ids) == greedy[row, slots].tolist()
+        assert block.replaced_probs == pytest.approx(replaced[row].tolist(), abs=1e-9)
+
+
+def test_all_positions_as_targets_restore_the_masked_ones(groups):
+    objective, batch = ObjectiveConfig(lm_targets="all"), tiny.metro_batch(4, seed=31)
+    expected = restore_blocks(make_piece(groups), batch)
+    assert restore_blocks(make_piece(groups, objective), tiny.objective_batch(objective, 4, seed=31)) == expected
+
+
+def test_a_decoder_of_masked_tokens_alone_reads_what_it_wrote(groups):
+    objective = ObjectiveConfig(lm_targets="masked-only")
+    piece, batch = make_piece(groups, objective), tiny.objective_batch(objective, 4, seed=31)
+    weights = {name: parameter.detach() for name, parameter in piece.named_parameters()}
+    oracle = ReferenceMetro(weights, piece.context.model, pad_id=tiny.PAD_ID)
+    blocks = restore_blocks(piece, batch)
+    for block in blocks:
+        memory, prefix = oracle.encode("encoder", torch.tensor([block.filled_ids]), None), batch.decoder_tokens[:1, :1]
+        for written in block.restored_ids:
+            states = oracle.decode(prefix, None, memory, None)
+            assert int(oracle.project(states)[0, -1].argmax()) == written
+            prefix = torch.cat([prefix, torch.tensor([[written]])], dim=1)
+    assert sum(len(block.restored_ids) for block in blocks) > 8
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "said"),
+    [
+        ("metro", {"generator_num_layers": 0}, "--generator-num-layers 0"),
+        ("electra", {"decoder_num_layers": 0}, "--encoder-lm-head"),
+        ("spactor", {}, "--objective spactor"),
+    ],
+)
+def test_a_model_that_restores_nothing_is_refused_in_one_line(groups, objective, model, said):
+    config = ObjectiveConfig(objective=objective)
+    with pytest.raises(ConfigError, match=said) as caught:
+        restore_blocks(make_piece(groups, config, **model), tiny.objective_batch(config, 4, seed=31))
+    assert "\n" not in str(caught.value) and "give" in str(caught.value)
 
 
 def test_the_original_tokens_at_masked_positions_stay_hidden(groups):
