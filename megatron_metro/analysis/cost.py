@@ -286,15 +286,14 @@ def _rtd_dense(model: ModelConfig) -> int:
 
 def _lm_dense(model: ModelConfig) -> int:
     """Weights of the LM head beside its vocabulary matrix, without biases."""
-    dense = model.hidden_size**2 if model.lm_head == "roberta" else 0
-    return dense + (model.hidden_size if model.copy_mechanism else 0)
+    return model.hidden_size**2 if model.lm_head == "roberta" else 0
 
 
 def _lm_head(model: ModelConfig) -> int:
     """What the LM head's unit holds beside the vocabulary matrix."""
-    biases = int(model.copy_mechanism)
+    biases = 0
     if model.lm_head == "roberta":
-        biases += model.hidden_size + _norm(model, model.hidden_size) + vocabulary(model)
+        biases = model.hidden_size + _norm(model, model.hidden_size) + vocabulary(model)
     final_norm = _final_norm(model, "decoder") if model.has_decoder else 0
     return _lm_dense(model) + biases + final_norm + (_rtd_head(model) if model.has_decoder_rtd_head else 0)
 

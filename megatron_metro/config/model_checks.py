@@ -201,9 +201,17 @@ def check_heads(config: RunConfig) -> None:
         f"{objective.lm_targets}; give --rtd-position encoder",
     )
     require(
-        not model.copy_mechanism or (model.has_generator and kind != "others"),
-        f"--copy-mechanism copies the token that stands in a target's place, found {name} and --generator-num-layers "
-        f"{model.generator_num_layers}; drop it",
+        not model.copy_mechanism or (model.has_rtd_head and kind != "others"),
+        "--copy-mechanism copies the token that stands in a target's place as the RTD head trusts it, found "
+        f"{name}, --rtd-head {model.rtd_head} and --generator-num-layers {model.generator_num_layers}; drop it",
+    )
+    require(
+        not model.copy_mechanism
+        or model.has_decoder_rtd_head
+        or (objective.lm_targets != "all" and not objective.eval_all_positions),
+        "--copy-mechanism has the encoder's verdicts at masked tokens only, found --lm-targets "
+        f"{objective.lm_targets} and eval-all-positions {objective.eval_all_positions}; give "
+        + ("--rtd-position decoder" if model.has_decoder else "--lm-targets masked"),
     )
     require(
         not objective.eval_all_positions

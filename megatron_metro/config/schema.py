@@ -132,7 +132,7 @@ class ModelConfig:
         "linear", "LM head: the vocabulary matrix alone; dense, ReLU and norm before it and a bias after it"
     )
     copy_mechanism: bool = option(
-        False, "let the LM head copy the corrupted input's token, with a probability of its own (COCO-LM)"
+        False, "let the LM head copy the corrupted input's token where the RTD head calls it original (COCO-LM)"
     )
     encoder_lm_head: bool = option(
         False, "give an encoder without a decoder an LM head, which corrects what the generator replaced (COCO-LM)"

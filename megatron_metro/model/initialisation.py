@@ -85,7 +85,7 @@ def choose_distribution(name: str, model: ModelConfig) -> Distribution:
         distribution = _normal(model.init_method_std) if leaf == "weight" else _constant(0.0)
     elif module == "dense" and network in ("mlm_head", "rtd_head", "lm_transform"):
         distribution = Distribution(kind="uniform", scale=sizes.hidden_size**-0.5)
-    elif leaf != "weight" or network in ("rtd_head", "copy_gate"):
+    elif leaf != "weight" or network == "rtd_head":
         distribution = _constant(0.0)
     elif model.norm_placement == "pre":
         distribution = _choose_for_t5(module, model, sizes)

@@ -88,7 +88,8 @@ class ChainPiece(PieceModules):
         units = [unit for unit in self.units if unit.network == "decoder" and unit.kind != "lm_head"]
         running = self._pass(units, _Running(encoded, "encoder", None), microbatch)
         rows = self._rows_at(self._finish_writing(running), microbatch.target_slots, running.is_short)
-        predicted = self._predict(rows, self._find_inputs(encoded, microbatch))
+        verdicts = None if encoded.replaced_prob is None else encoded.replaced_prob.flatten()
+        predicted = self._predict(rows, self._find_inputs(encoded, microbatch), verdicts)
         return predicted.view_as(microbatch.target_slots)
 
     def _pass(self, units: Sequence[Unit], running: _Running, microbatch: Microbatch) -> _Running:
@@ -212,16 +213,19 @@ class ChainPiece(PieceModules):
         hidden = self._finish_writing(running)
         verdict_loss: Tensor | float = 0.0
         if self.context.model.has_decoder_rtd_head:
-            verdict_loss, replaced_prob = self._detect_replaced(hidden, payload, microbatch, losses)
+            slots = microbatch.target_slots
+            verdict_loss, replaced_prob = self._detect_replaced(hidden, payload, microbatch, losses, slots)
             payload = replace(payload, replaced_prob=replaced_prob)
         rows = self._rows_at(hidden, microbatch.target_slots, running.is_short)
-        logits, gates, targets = self._project(rows), self._gate(rows), microbatch.target_ids.flatten()
+        logits, targets = self._project(rows), microbatch.target_ids.flatten()
         statistics = vocab_ops.measure(logits, shard, targets_N=targets)
         nll, picked = vocab_ops.cross_entropy(logits, targets, shard, statistics), statistics.argmax_N
         inputs = self._find_inputs(payload, microbatch)
-        if inputs is not None and gates is not None:
-            nll = mix_losses(nll, gates, inputs == targets)
-            picked = self._pick(logits, statistics, inputs, gates)
+        if inputs is not None and self.context.model.copy_mechanism:
+            assert payload.replaced_prob is not None, "--copy-mechanism needs an RTD head"
+            verdicts = payload.replaced_prob.flatten()
+            nll = mix_losses(nll, verdicts, inputs == targets)
+            picked = self._pick(logits, statistics, inputs, verdicts)
         if inputs is not None and self.context.eval_all_positions and not self.training:
             self._score_all_positions(hidden, payload, microbatch, losses)
         elif inputs is not None:
@@ -234,9 +238,17 @@ class ChainPiece(PieceModules):
     # Parts of units.
 
     def _detect_replaced(
-        self, hidden: Tensor, payload: BoundaryPayload, microbatch: Microbatch, losses: StepLosses
+        self,
+        hidden: Tensor,
+        payload: BoundaryPayload,
+        microbatch: Microbatch,
+        losses: StepLosses,
+        slots_BM: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """RTD's loss over every real position, and the FP32 probability of "replaced" [b, g] at the masked slots."""
+        """RTD's loss over every real position, and the FP32 probability of "replaced" [b, m] at slots.
+
+        Those are the masked ones [b, g] where no others are given.
+        """
         assert payload.sampled_ids is not None and microbatch.masked_slots is not None
         logits = self.judge(hidden)
         if self.config.sequence_parallel:  # every rank computes the whole loss; backward keeps its own positions
@@ -246,7 +258,7 @@ class ChainPiece(PieceModules):
         corrupted = fill_slots(microbatch.encoder_tokens, microbatch.masked_slots, payload.sampled_ids)
         labels = (corrupted != microbatch.encoder_tokens).t()
         loss = losses.add_rtd(logits, labels, mark_real_positions(microbatch).t())
-        slots = microbatch.masked_slots.clamp(max=logits.shape[0] - 1)
+        slots = (microbatch.masked_slots if slots_BM is None else slots_BM).clamp(max=logits.shape[0] - 1)
         # Widened first: a probability rounded to BF16 would weigh losses in steps of 1/256.
         wide = torch.promote_types(logits.dtype, torch.float32)
         return loss, logits.detach().t().gather(1, slots).to(wide).sigmoid().float()
@@ -302,7 +314,7 @@ class ChainPiece(PieceModules):
         every = torch.arange(shape.decoder_length, device=originals.device).expand_as(originals)
         chunks = every.split(shape.num_target_slots, dim=1)
         picked = [
-            self._predict(self._rows_at(hidden, slots, is_short=False), corrupted.gather(1, slots).flatten())
+            self._predict(self._rows_at(hidden, slots, is_short=False), corrupted.gather(1, slots).flatten(), None)
             for slots in chunks
         ]
         predicted = torch.cat([ids.view_as(slots) for ids, slots in zip(picked, chunks)], dim=1)

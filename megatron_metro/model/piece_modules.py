@@ -21,7 +21,6 @@ from megatron_metro.config.chain import Network, Unit
 from megatron_metro.config.schema import ModelConfig
 from megatron_metro.config.terms import TargetKind
 from megatron_metro.losses.copying import prefers_input
-from megatron_metro.model.dense import Dense
 from megatron_metro.model.heads import LmTransform, MlmHead, RtdHead
 from megatron_metro.model.network import NetworkPlan, NetworkShare
 from megatron_metro.model.sharded_state import shard_parameters
@@ -77,8 +76,6 @@ class PieceModules(MegatronModule):
             self.lm_head = TokenMatrix(self.config, context.shard, context.collection)
         if model.lm_head == "roberta":
             self.lm_transform = LmTransform(self.config, context.spec, context.shard)
-        if model.copy_mechanism:
-            self.copy_gate = Dense(self.config, model.hidden_size, 1, sees_shard=False)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
@@ -107,24 +104,26 @@ class PieceModules(MegatronModule):
         logits: Tensor = self.rtd_head(hidden_SBH)
         return -logits if self.context.logit_means_original else logits
 
-    def _gate(self, rows_RH: Tensor) -> Tensor | None:
-        """The copy mechanism's logits [r], where there is one."""
-        gates: Tensor | None = self.copy_gate(rows_RH).squeeze(-1) if hasattr(self, "copy_gate") else None
-        return gates
+    def _predict(self, rows_RH: Tensor, inputs_R: Tensor | None, replaced_prob_R: Tensor | None) -> Tensor:
+        """The LM head's most likely ids [r]; `inputs_R` are those that the copy mechanism may copy.
 
-    def _predict(self, rows_RH: Tensor, inputs_R: Tensor | None) -> Tensor:
-        """The LM head's most likely ids [r]; `inputs_R` are those that the copy mechanism may copy."""
-        logits, gates, shard = self._project(rows_RH), self._gate(rows_RH), self.context.shard
-        if gates is None or inputs_R is None:
+        Its verdicts are RTD's of the encoder, or None: then the RTD head reads the rows too.
+        """
+        logits, shard = self._project(rows_RH), self.context.shard
+        if not self.context.model.copy_mechanism or inputs_R is None:
             return vocab_ops.argmax(logits, shard)
-        return self._pick(logits, vocab_ops.measure(logits, shard), inputs_R, gates)
+        if replaced_prob_R is None:
+            replaced_prob_R = self.judge(rows_RH[:, None]).squeeze(1).sigmoid()
+        return self._pick(logits, vocab_ops.measure(logits, shard), inputs_R, replaced_prob_R)
 
-    def _pick(self, logits_RV: Tensor, statistics: VocabStatistics, inputs_R: Tensor, gates_R: Tensor) -> Tensor:
+    def _pick(
+        self, logits_RV: Tensor, statistics: VocabStatistics, inputs_R: Tensor, replaced_prob_R: Tensor
+    ) -> Tensor:
         """The most likely ids [r] under the copy mechanism."""
         best_R, shard = statistics.argmax_N, self.context.shard
         best_log_prob_R = vocab_ops.log_probabilities(logits_RV, best_R, shard, statistics)
         input_log_prob_R = vocab_ops.log_probabilities(logits_RV, inputs_R, shard, statistics)
-        return torch.where(prefers_input(best_log_prob_R, input_log_prob_R, gates_R.detach()), inputs_R, best_R)
+        return torch.where(prefers_input(best_log_prob_R, input_log_prob_R, replaced_prob_R), inputs_R, best_R)
 
     def _stack_bias(self, network: Network, microbatch: Microbatch) -> Tensor | None:
         share: NetworkShare | None = getattr(self, network, None)

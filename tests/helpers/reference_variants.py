@@ -77,12 +77,14 @@ class ReferenceVariant:
         self.hits["rtd unreplaced" if is_original else "rtd replaced"].append(bool(says_original > 0.5) == is_original)
 
     def _probability_of_replaced(self, verdicts: Tensor, batch: Microbatch, row: int, slot: int) -> Tensor | float:
-        if not self.objective.weighted_lm_loss:
+        """As the RTD head, which the LM loss does not train, says of the token in a target's place."""
+        if not (self.objective.weighted_lm_loss or self.model.copy_mechanism):
             return 1.0
-        return torch.sigmoid(verdicts[row, batch.masked_slots[row, slot]].detach()).float().double()
+        slots = batch.target_slots if self.model.rtd_position == "decoder" else batch.masked_slots
+        return torch.sigmoid(verdicts[row, slots[row, slot]].detach()).float().double()
 
     def _write(
-        self, states: Tensor, batch: Microbatch, corrupted: Tensor, place: tuple[int, int], weight: Tensor | float
+        self, states: Tensor, batch: Microbatch, corrupted: Tensor, place: tuple[int, int], replaced: Tensor | float
     ) -> None:
         row, slot = place
         x, target = states[row, batch.target_slots[row, slot]], int(batch.target_ids[row, slot])
@@ -94,8 +96,8 @@ class ReferenceVariant:
         masked_only = self.objective.lm_targets == "masked-only"
         shown = int(corrupted[row, batch.masked_slots[row, slot] if masked_only else batch.target_slots[row, slot]])
         if self.model.copy_mechanism:
-            gate = torch.sigmoid(self.weights["copy_gate.weight"][0] @ x + self.weights["copy_gate.bias"][0])
-            probs = (1 - gate) * probs + gate * torch.eye(len(probs), dtype=probs.dtype)[shown]
+            probs = replaced * probs + (1 - replaced) * torch.eye(len(probs), dtype=probs.dtype)[shown]
+        weight = replaced if self.objective.weighted_lm_loss else 1.0
         self.losses["lm"].append(-torch.log(probs[target]) * weight)
         self.hits["unreplaced" if shown == target else "replaced"].append(int(probs.argmax()) == target)
 

@@ -1,14 +1,11 @@
 """SPACTOR, ELECTRA and METRO's ablations on one process against their definitions: losses, log and every gradient."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from megatron_metro.batch import Microbatch
 from megatron_metro.config.schema import ModelConfig, ObjectiveConfig
 from megatron_metro.parallel.groups import ParallelGroups
 from megatron_metro.training.engine import Engine
@@ -30,31 +27,23 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all positions": ({}, {"lm_targets": "all"}),
     "masked tokens only": ({}, {"lm_targets": "masked-only"}),
     "electra": (ELECTRA, {"objective": "electra"}),
-    "coco-lm": ({**ELECTRA, "encoder_lm_head": True}, {"objective": "electra"}),
+    # As in its paper, and as in its released code, which weighs the LM loss by RTD's verdicts.
+    "coco-lm": ({**ELECTRA, "encoder_lm_head": True, "copy_mechanism": True}, {"objective": "electra"}),
     "coco-lm, weighted": ({**ELECTRA, "encoder_lm_head": True}, {"objective": "electra", "weighted_lm_loss": True}),
-    "coco-lm, all positions": (
-        {**ELECTRA, "encoder_lm_head": True, "copy_mechanism": True, "lm_head": "roberta"},
+    "an encoder's LM head, all positions": (
+        {**ELECTRA, "encoder_lm_head": True, "lm_head": "roberta"},
         {"objective": "electra", "lm_targets": "all"},
     ),
     "copies": ({"copy_mechanism": True}, {}),
-    "copies, all positions": ({"copy_mechanism": True}, {"lm_targets": "all"}),
+    "copies by a decoder's RTD": ({"copy_mechanism": True, "rtd_position": "decoder"}, {}),
+    "copies, all positions": ({"copy_mechanism": True, "rtd_position": "decoder"}, {"lm_targets": "all"}),
     "copies, masked tokens only": ({"copy_mechanism": True}, {"lm_targets": "masked-only"}),
 }
 
 
-FEW_IDS = 6
-
-
-def narrow(batch: Microbatch) -> Microbatch:
-    """The same batch over few ids, so that a generator which prefers these fills in some of the originals."""
-    names = ("encoder_tokens", "decoder_tokens", "target_ids", "masked_ids")
-    return replace(batch, **{name: 4 + getattr(batch, name) % FEW_IDS for name in names})
-
-
 def make_narrow_engine(groups: ParallelGroups, model: ModelConfig, objective: ObjectiveConfig) -> Engine:
     engine = make_engine(groups, model, objective)
-    with torch.no_grad():
-        engine.pieces[0].mlm_head.output_bias[4 : 4 + FEW_IDS] += 6.0
+    tiny.prefer_few_ids(engine.pieces)
     return engine
 
 
@@ -64,7 +53,7 @@ def test_losses_and_gradients_equal_the_definition(groups: ParallelGroups, name:
     model, objective = tiny.tiny_model(**VARIANTS[name][0]), ObjectiveConfig(**VARIANTS[name][1])
     engine = make_narrow_engine(groups, model, objective)
     batch = tiny.objective_batch(objective, 6, seed=31, padded=padded, has_decoder=model.has_decoder)
-    microbatches = split(narrow(batch), 2)
+    microbatches = split(tiny.narrow(batch), 2)
 
     def restate(weights: Mapping[str, Tensor]) -> ReferenceVariant:
         return ReferenceVariant(weights, model, objective, microbatches)
