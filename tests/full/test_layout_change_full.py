@@ -7,7 +7,7 @@ import pytest
 
 from megatron_metro.parallel.groups import ParallelGroups
 from tests.helpers.distributed import WorkerPool
-from tests.helpers.layouts import Row
+from tests.helpers.layouts import Row, made_row
 from tests.helpers.resuming import LAST_STEP, Stretch, check_continuation, go_on, run_on, save_early, train
 
 pytestmark = pytest.mark.full
@@ -45,10 +45,18 @@ SINGLE = [
     Row(pp=2, vpp=2, dp=2, micro_batch_size=1, distributed_optimizer=True, overlap=True),
     Row(pp=4, single_precision=True),
 ]
+SPACTOR = [
+    made_row(place, "spactor", "T5")
+    for place in (
+        Row(tp=2, sp=True, single_precision=True),
+        Row(dp=2, distributed_optimizer=True, overlap=True),
+        Row(pp=2, vpp=2, single_precision=True),
+    )
+]
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("rows", [DOUBLE, SINGLE], ids=["float64", "fp32"])
+@pytest.mark.parametrize("rows", [DOUBLE, SINGLE, SPACTOR], ids=["float64", "fp32", "spactor-fp32"])
 def test_every_layout_goes_on_from_every_other(
     rows: list[Row], pool: Pool, groups: ParallelGroups, tmp_path: Path, record_property: Callable
 ) -> None:

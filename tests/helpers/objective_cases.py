@@ -14,6 +14,7 @@ from megatron_metro.data.objectives import Objective, build_objective
 from megatron_metro.data.randomness import BlockKeys
 from megatron_metro.tokenizer import Vocabulary
 from tests.helpers import restatement, tiny
+from tests.helpers.objective_properties import check_properties
 from tests.helpers.restatement import METRO_IDS, T5_IDS, Ids
 
 VOCABULARIES = {
@@ -96,6 +97,8 @@ def check_case(case: Case) -> None:
     check_contract(batch, vocabulary.pad_id)
     for row in range(NUM_BLOCKS):
         check_row(case, batch, blocks, row)
+        text = blocks.tokens[row, : blocks.lengths[row]].tolist()
+        check_properties(case.name, case.lm_targets, vocabulary, batch, row, text, case.rate)
     order = [2, 0, 1]
     shuffled = objective.make_batch(reorder(blocks, order))
     alone = objective.make_batch(blocks.rows(1, 2))
