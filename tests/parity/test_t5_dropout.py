@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import T5ForConditionalGeneration
 
+from megatron_metro.parallel.groups import ParallelGroups
 from megatron_metro.training.engine import Engine
 from tests.helpers import tiny
 from tests.helpers.distributed import WorkerPool
@@ -96,9 +97,9 @@ def make_case(row: Row, **model: Any) -> Case:
     [("v1.0", Row()), ("v1.1", Row()), ("v1.1", Row(tp=2)), ("v1.0", Row(tp=2, sp=True)), ("v1.0", Row(pp=2, vpp=2))],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_dropouts_stand_where_transformers_has_them(name: str, row: Row, pool: Pool) -> None:
+def test_dropouts_stand_where_transformers_has_them(name: str, row: Row, pool: Pool, groups: ParallelGroups) -> None:
     case = make_case(row, **MODELS[name])
-    found: Outcome = pool(row.world_size).run(run_case, case)[0]
+    found: Outcome = run_case(case) if row.world_size == 1 else pool(row.world_size).run(run_case, case)[0]
     logits, gradients = run_transformers(case, found.weights)
     assert found.logits is not None and logits.std() > 0.01
     np.testing.assert_allclose(found.logits, logits, rtol=0.0, atol=1e-9)
@@ -106,8 +107,9 @@ def test_dropouts_stand_where_transformers_has_them(name: str, row: Row, pool: P
 
 
 @pytest.mark.parametrize("changes", [{"dropout_places": "metro"}, {"attention_dropout": 0.0}, {"hidden_dropout": 0.2}])
-def test_other_places_and_rates_are_told_apart(changes: dict[str, Any], pool: Pool) -> None:
+def test_other_places_and_rates_are_told_apart(changes: dict[str, Any], groups: ParallelGroups) -> None:
     case = make_case(Row(), **{**MODELS["v1.0"], **changes})
-    found: Outcome = pool(1).run(run_case, case)[0]
+    found = run_case(case)
+    assert found is not None
     logits, _ = run_transformers(case, found.weights)
     assert found.logits is not None and np.abs(found.logits - logits).max() > 1e-4
