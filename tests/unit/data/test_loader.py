@@ -139,13 +139,14 @@ def test_training_and_validation_share_no_token(corpus):
     assert_same(first, valid.next_step(2))
 
 
-def test_layout_and_resuming_change_nothing(corpus, tmp_path):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_layout_and_resuming_change_nothing(corpus, objective):
     """Steps of 24 samples: one rank, then three ranks, then six ranks with another microbatch size."""
     blend = ("30", corpus.prefix, "70", corpus.lines_prefix)
-    single = build(make_config(*blend), corpus)
+    single = build(make_config(*blend, objective=objective), corpus)
     steps = [join(single.next_step(6)) for _ in range(3)]
     for dp_size, micro_batch_size in ((3, 4), (6, 2), (2, 3)):
-        config = make_config(*blend, micro_batch_size=micro_batch_size)
+        config = make_config(*blend, micro_batch_size=micro_batch_size, objective=objective)
         loaders = [build(config, corpus, rank, dp_size) for rank in range(dp_size)]
         num_microbatches = 24 // (dp_size * micro_batch_size)
         for loader in loaders:
