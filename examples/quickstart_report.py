@@ -19,7 +19,7 @@ from megatron_metro.model.build import build_pieces
 from megatron_metro.parallel.groups import single_process
 from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import Tokenizer, load_tokenizer
-from megatron_metro.training.checkpoint import load_checkpoint
+from megatron_metro.training.loading import load_checkpoint
 
 SURE_REPLACED = 0.5
 

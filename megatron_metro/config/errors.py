@@ -53,6 +53,12 @@ class UnsafeError(MetroError, ValueError):
     exit_code = 77
 
 
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error's text, to go into an error of one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """End the process with one line on standard error and the error's exit code when the body raises a MetroError.

@@ -12,6 +12,7 @@ import torch
 
 from megatron_metro.analysis.cost import step_flops
 from megatron_metro.batch import Microbatch
+from megatron_metro.checkpoint.folder import check_save_folder, find_step, read_document
 from megatron_metro.config.batches import batch_size_at, count_steps, list_batch_sizes
 from megatron_metro.config.cli import format_config, save_config
 from megatron_metro.config.curriculum import objective_at, scheduled_values
@@ -26,11 +27,11 @@ from megatron_metro.model.transformer_config import parameter_dtype
 from megatron_metro.parallel.groups import ParallelGroups, initialise
 from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import Tokenizer, load_tokenizer
-from megatron_metro.training.checkpoint import load_checkpoint, save_checkpoint
-from megatron_metro.training.checkpoint_folder import check_save_folder, find_step, read_document
 from megatron_metro.training.engine import Engine, StepResult
+from megatron_metro.training.loading import load_checkpoint
 from megatron_metro.training.optimizer import parameter_norm, set_learning_rate
 from megatron_metro.training.reporting import Reporter, StepReport, check_tensorboard
+from megatron_metro.training.saving import save_checkpoint
 from megatron_metro.training.schedule import learning_rate
 from megatron_metro.training.stages import list_stages
 from megatron_metro.training.state import TrainState

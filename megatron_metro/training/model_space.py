@@ -100,6 +100,16 @@ def tensors_to_load(
     return pieces
 
 
+def number(tensors: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:
+    """The state dict of a flat list: core wants names, and reads the keys of the tensors."""
+    return {str(index): tensor for index, tensor in enumerate(tensors)}
+
+
+def device_kind(chunks: Sequence[nn.Module]) -> str:
+    """Where the model is: cuda or cpu."""
+    return next(chunks[0].parameters()).device.type
+
+
 def get_num_updates(optimizer: MegatronOptimizer) -> int:
     """The optimizer's step count: one number for all parameters."""
     adam = optimizer.optimizer

@@ -3,8 +3,13 @@
 from collections.abc import Mapping
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
+
+from megatron_metro.parallel.groups import ParallelGroups
+
+RANDOM_PREFIX = "random."
 
 
 def read_random_states(kind: str) -> dict[str, Tensor]:
@@ -24,3 +29,20 @@ def restore_random_states(states: Mapping[str, Tensor]) -> None:
     tracked = {name.removeprefix("tracker."): state for name, state in states.items() if name.startswith("tracker.")}
     tracker = get_cuda_rng_tracker()
     tracker.set_states({**tracker.get_states(), **tracked})
+
+
+def random_tensors(kind: str, groups: ParallelGroups) -> list[ShardedTensor]:
+    """This rank's row of each generator's state."""
+    return [
+        ShardedTensor(
+            key=RANDOM_PREFIX + name,
+            data=state.unsqueeze(0),
+            dtype=state.dtype,
+            local_shape=(1, state.numel()),
+            global_shape=(groups.world_size, state.numel()),
+            global_offset=(groups.rank, 0),
+            axis_fragmentations=None,
+            replica_id=(0, 0, 0),
+        )
+        for name, state in read_random_states(kind).items()
+    ]

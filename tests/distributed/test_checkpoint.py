@@ -12,9 +12,10 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from megatron_metro.config.errors import CheckpointError, StorageError
 from megatron_metro.config.schema import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_metro.parallel.groups import ParallelGroups, reinitialise
-from megatron_metro.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_metro.training.loading import load_checkpoint
 from megatron_metro.training.model_space import get_num_updates
 from megatron_metro.training.optimizer import build_optimizer, optimizer_step, set_learning_rate, wrap
+from megatron_metro.training.saving import save_checkpoint
 from megatron_metro.training.state import TrainState
 from tests.distributed.test_optimizer import LR, OPTIMIZER, expected_weights
 from tests.distributed.tiny_model import PADDED_VOCAB_SIZE, SHAPES, SHARED, build_pieces, local_part, named_parameters

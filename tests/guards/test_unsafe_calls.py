@@ -30,7 +30,7 @@ UNSAFE_ARGUMENTS = {"shell": True, "allow_pickle": True, "weights_only": False, 
 # File -> names it may use all the same. An entry says why.
 ALLOWED: dict[str, tuple[str, ...]] = {
     # Catches the error that megatron-core's own reader of damaged files raises.
-    "megatron_metro/training/checkpoint.py": ("pickle", "pickle.UnpicklingError"),
+    "megatron_metro/training/loading.py": ("pickle", "pickle.UnpicklingError"),
 }
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from megatron_metro.config.schema import CheckpointConfig
-from megatron_metro.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_metro.training.loading import load_checkpoint
+from megatron_metro.training.saving import save_checkpoint
 from megatron_metro.training.state import TrainState
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.layouts import Row

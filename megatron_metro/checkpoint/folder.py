@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_metro.config import files
-from megatron_metro.config.errors import CheckpointError
+from megatron_metro.config.errors import CheckpointError, first_line
 from megatron_metro.config.schema import CheckpointConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -107,9 +107,3 @@ def read_document(folder: Path) -> dict[str, Any]:
     if found != STATE_VERSION:
         raise CheckpointError(f"{path}: version {found}, this program reads {STATE_VERSION}; use the one that saved it")
     return document
-
-
-def first_line(error: BaseException) -> str:
-    """Kind and first line of an error's text, to go into an error of one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

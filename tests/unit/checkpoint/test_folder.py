@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from megatron_metro.config.errors import CheckpointError
-from megatron_metro.config.schema import CheckpointConfig
-from megatron_metro.training.checkpoint_folder import (
+from megatron_metro.checkpoint.folder import (
     STATE_VERSION,
     TRACKER,
     check_save_folder,
@@ -16,6 +14,8 @@ from megatron_metro.training.checkpoint_folder import (
     read_document,
     step_folder,
 )
+from megatron_metro.config.errors import CheckpointError
+from megatron_metro.config.schema import CheckpointConfig
 
 
 def publish_step(folder, iteration):

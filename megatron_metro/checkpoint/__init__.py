@@ -1,0 +1,1 @@
+"""Checkpoints as files: names, publishing, choosing. Knows neither models nor other ranks."""
