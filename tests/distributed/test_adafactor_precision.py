@@ -20,7 +20,7 @@ from tests.helpers import tiny
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.layouts import Row
 from tests.helpers.parity import Arrays, Case, run_case, worst_error, worst_metric_error
-from tests.helpers.pipeline import build_engine, even_cut, microbatches_of
+from tests.helpers.pipeline import build_engine, microbatches_of
 
 Pool = Callable[[int], WorkerPool]
 
@@ -70,9 +70,8 @@ def train_in_fp16(case: Case) -> list[Step]:
     [
         Row(dp=2),
         Row(tp=2, sp=True, spans=True, model=tiny.T5_V1_1, model_name="T5 v1.1"),
-        Row(pp=2, layout=even_cut(tiny.tiny_model(), 2)),
     ],
-    ids=["dp2", "tp2sp T5", "pp2"],
+    ids=["dp2", "tp2sp T5"],
 )
 def test_fp16_with_a_dynamic_loss_scale(row: Row, pool: Pool) -> None:
     case = replace(replace(row, optimizer=FP16).case(), dtype=torch.float16)
@@ -114,7 +113,7 @@ def split_key_biases(updates: Arrays, model: ModelConfig) -> tuple[Arrays, Array
     return keys, others
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda row: row.name)
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[2]], ids=lambda row: row.name)
 def test_metro_differs_in_nothing_but_key_biases(place: Row, pool: Pool, groups: ParallelGroups) -> None:
     row = replace(place, optimizer=DEFAULT, num_steps=3)
     expected, found = run_case(row.reference()), pool(2).run(run_case, row.case())[0]
