@@ -12,14 +12,10 @@ import torch
 from megatron_metro.config.cli import load_config
 from megatron_metro.config.errors import ConfigError, exit_on_error
 from megatron_metro.config.schema import ParallelConfig, RunConfig
+from megatron_metro.conversion.whole_model import load_model
 from megatron_metro.data.loader import build_loaders
-from megatron_metro.device import activate
 from megatron_metro.inference.restore import Restoration, count_repaired, restore_blocks
-from megatron_metro.model.build import build_pieces
-from megatron_metro.parallel.groups import single_process
-from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import Tokenizer, load_tokenizer
-from megatron_metro.training.loading import load_checkpoint
 
 SURE_REPLACED = 0.5
 
@@ -34,27 +30,18 @@ def read_run(folder: Path, num_blocks: int) -> RunConfig:
         parallel=ParallelConfig(),
         data=replace(run.data, num_workers=0),
         training=replace(run.training, micro_batch_size=num_blocks, global_batch_size=num_blocks, eval_iters=1),
-        checkpoint=replace(
-            run.checkpoint, load=str(folder), ckpt_step=None, finetune=True, exit_on_missing_checkpoint=True
-        ),
     )
 
 
-def restore_held_out(run: RunConfig, tokenizer: Tokenizer) -> list[Restoration]:
+def restore_held_out(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> list[Restoration]:
     """The first held-out blocks through the saved model, each once."""
     _, loader = build_loaders(run, tokenizer, dp_rank=0, dp_size=1)
     if loader is None:
-        raise ConfigError(f"{run.checkpoint.load}: the run held out no text; train with --valid-data-path")
+        raise ConfigError(f"{folder}: the run held out no text; train with --valid-data-path")
     num_distinct = sum(source.packing.num_blocks for source in loader.mixture.sources)
     [microbatch] = loader.next_step(1)
-    device = activate(run.training.device, run.parallel.distributed_backend)
-    groups = single_process(device)
-    [piece] = build_pieces(run, plan_layout(run), groups, torch.float32, tokenizer.pad_id)
-    piece.to(device.torch_device)
-    load_checkpoint(run, [piece], None, groups)
-    blocks = restore_blocks(piece, microbatch.to(device.torch_device))
-    groups.destroy()
-    return blocks[:num_distinct]
+    piece = load_model(folder, tokenizer=tokenizer, device=run.training.device)
+    return restore_blocks(piece, microbatch.to(next(piece.parameters()).device))[:num_distinct]
 
 
 def format_pieces(tokenizer: Tokenizer, ids: Sequence[int], mark: Callable[[int, str], str]) -> str:
@@ -149,7 +136,7 @@ def main() -> None:
     with exit_on_error():
         run = read_run(options.run, options.num_blocks)
         tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
-        blocks = restore_held_out(run, tokenizer)
+        blocks = restore_held_out(options.run, run, tokenizer)
     for number, block in enumerate(blocks[: options.num_shown], 1):
         print(f"\n-- held-out block {number}\n{format_block(block, tokenizer)}")
     print(f"\n{format_summary(blocks)}")

@@ -5,6 +5,7 @@ names its parallel layers, schedules, optimizers and checkpoints really need; on
 a contract test that fails once a new Megatron-Core no longer needs it, or needs more.
 """
 
+import ctypes
 import functools
 import logging
 import os
@@ -39,6 +40,9 @@ _CUDA_TYPE_NAMES = {
 # from each other and from the offsets core adds per tensor-parallel rank (2718 + rank).
 _PIPELINE_SEED_STRIDE = 100
 _DATA_SEED_STRIDE = 100_003
+# Options of glibc's mallopt (malloc.h): when the end of the heap is given back, how many blocks lie outside of it.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +102,18 @@ def activate(kind: Literal["auto", "cuda", "cpu"], backend: Backend | None = Non
         raise ConfigError("--distributed-backend: nccl moves no CPU tensors; use gloo (or --device cuda)")
     _install_cpu_adapter()
     return Device(kind="cpu", backend="gloo", torch_device=_CPU)
+
+
+def keep_freed_memory() -> None:
+    """Have the host's allocator keep what the process frees, as a GPU's caching allocator does; glibc only.
+
+    Otherwise a block beyond 32 MiB (the gradient of a large token matrix) is fresh, zeroed pages at every use, which
+    costs as much as the arithmetic on it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _activate_cuda(backend: Backend) -> Device:

@@ -7,6 +7,7 @@ byte of every data set and compares it with the manifest and the vocabulary.
 import sys
 from dataclasses import replace
 
+from megatron_metro.checkpoint.start import read_saved_settings
 from megatron_metro.config.cli import parse_run
 from megatron_metro.config.errors import DataError, exit_on_error
 from megatron_metro.config.parser import Parser, whole_number
@@ -30,7 +31,7 @@ def main() -> None:
     parser = _build_parser()
     with exit_on_error():
         own, argv = parser.read_own(sys.argv[1:])
-        run = parse_run(argv, None, parser.list_flags())
+        run = parse_run(argv, None, parser.list_flags(), read_saved_settings)
         run = replace(run, data=replace(run.data, num_workers=0))
         tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
         train, valid = build_loaders(run, tokenizer, dp_rank=0, dp_size=1)

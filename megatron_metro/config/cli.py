@@ -1,7 +1,7 @@
 """Flags, YAML file and preset to one checked RunConfig, and back to a dump and a file."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from megatron_metro.config.fields import Setting, change_values, list_settings, read_value
+from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.fields import Setting, Value, change_values, list_settings, read_value
 from megatron_metro.config.files import write_atomically
 from megatron_metro.config.flags import SHORTHANDS, SPELLINGS, judge_foreign_flag, list_foreign_flags
 from megatron_metro.config.parser import Parser, refuse_unknown
 from megatron_metro.config.presets import PRESETS
-from megatron_metro.config.schema import RunConfig
+from megatron_metro.config.schema import CheckpointConfig, RunConfig
 from megatron_metro.config.source import Source, read_file
 from megatron_metro.config.terms import follow_objective
 from megatron_metro.config.validation import replica_size, resolve, validate
@@ -24,16 +25,29 @@ Every setting of a run is one flag with Megatron's name and meaning. Flags win o
 Each switch has a --no-x form; the word none unsets a value that may be missing. Flags of Megatron that are not listed
 here are ignored with a warning or refused with the reason. Integers are digits, numbers look like 0.1 or 4e-4."""
 
+# Called with where a run starts: the settings by field name of the run that saved it, and whether this one goes on.
+ReadSaved = Callable[[CheckpointConfig], tuple[Mapping[str, Value], bool]]
 ReadWords = Callable[[str, list[str]], None]  # called with the spelling of a flag and the words after it
 
+# What --use-checkpoint-opt-param-scheduler takes, as in Megatron.
+_SCHEDULE = (
+    *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_style"),
+    "weight_decay",
+)
 
-def parse_run(argv: Sequence[str], world_size: int | None, tool_flags: Sequence[str] = ()) -> RunConfig:
+
+def parse_run(
+    argv: Sequence[str],
+    world_size: int | None,
+    tool_flags: Sequence[str] = (),
+    read_saved: ReadSaved | None = None,
+) -> RunConfig:
     """The resolved, valid run that flags describe for `world_size` processes, or for one replica of the model.
 
-    `tool_flags` are those of a tool that took them out of `argv`: a misspelt one is told from a run's. Raises
-    ConfigError, one line.
+    `tool_flags` are those of a tool that took them out of `argv`: a misspelt one is told from a run's. `read_saved`
+    finds what --use-checkpoint-args and --use-checkpoint-opt-param-scheduler ask for. Raises ConfigError, one line.
     """
-    config = read_run(argv, tool_flags)
+    config = read_run(argv, tool_flags, read_saved)
     if world_size is None:
         world_size = replica_size(config.parallel)
     config = resolve(config, world_size)
@@ -41,11 +55,11 @@ def parse_run(argv: Sequence[str], world_size: int | None, tool_flags: Sequence[
     return config
 
 
-def read_run(argv: Sequence[str], tool_flags: Sequence[str] = ()) -> RunConfig:
+def read_run(argv: Sequence[str], tool_flags: Sequence[str] = (), read_saved: ReadSaved | None = None) -> RunConfig:
     """The run that flags describe, each value checked by itself; neither resolved nor validated."""
     flags = _read_flags(argv, tool_flags)
     file = Source() if flags.config_path is None else read_file(flags.config_path)
-    return _merge(flags.preset or file.preset, file, flags)
+    return _merge(flags.preset or file.preset, file, flags, read_saved=read_saved)
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -54,13 +68,44 @@ def load_config(path: str | Path) -> RunConfig:
     return _merge(file.preset, file)
 
 
-def _merge(preset: str | None, *sources: Source) -> RunConfig:
+def _merge(preset: str | None, *sources: Source, read_saved: ReadSaved | None = None) -> RunConfig:
     """A preset or the defaults, changed by each source in turn; what nobody chose follows the objective."""
     start = config = RunConfig() if preset is None else PRESETS[preset]()
     for source in sources:
         config = change_values(config, source.list_values())
     chosen = {name for source in sources for name in source.list_values()}
+    checkpoint = config.checkpoint
+    if read_saved is not None and (checkpoint.use_checkpoint_args or checkpoint.use_checkpoint_opt_param_scheduler):
+        saved, goes_on = read_saved(checkpoint)
+        if checkpoint.use_checkpoint_args:
+            config = _follow_checkpoint(config, chosen, saved)
+        if checkpoint.use_checkpoint_opt_param_scheduler and goes_on:
+            config = change_values(config, {name: saved[name] for name in _SCHEDULE})
     return follow_objective(config, start, chosen)
+
+
+def _follow_checkpoint(config: RunConfig, chosen: Collection[str], saved: Mapping[str, Value]) -> RunConfig:
+    """The run with the architecture, tokenizer and lengths that a checkpoint was saved with.
+
+    The tokenizer's file may have moved, and what a decoder writes follows from the objective: there flags win.
+    """
+    names = [name for name, setting in list_settings().items() if setting.section in ("model", "tokenizer")]
+    names += ["encoder_seq_length", "decoder_seq_length"]
+    if config.objective.objective != saved.get("objective"):
+        names.remove("decoder_seq_length")
+    if "tokenizer_model" in chosen:
+        names.remove("tokenizer_model")
+    if "generator_num_layers" in chosen and saved.get("objective") == "spactor":
+        names.remove("generator_num_layers")  # its second stage has none
+    values = {name: saved[name] for name in names if name in saved}
+    for name in values.keys() & set(chosen):
+        setting = list_settings()[name]
+        if (found := read_value(config, setting)) != values[name]:
+            raise ConfigError(
+                f"{setting.flag} {found} contradicts --use-checkpoint-args, whose checkpoint has {values[name]}; "
+                f"drop {setting.flag} or --use-checkpoint-args"
+            )
+    return change_values(config, values)
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

@@ -22,7 +22,7 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         # mkstemp makes private files; what is published gets the permissions an ordinary write would give.
-        temporary.chmod(0o666 & ~_current_umask())
+        temporary.chmod(0o666 & ~current_umask())
         yield temporary
     except StorageError:
         raise
@@ -49,6 +49,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         publish(temporary, path)
 
 
+@contextmanager
+def refusing_writes(path: Path) -> Iterator[None]:
+    """Make a StorageError, naming the file and the cause, of what a file system that refuses a write raises."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; free space there") from error
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """Raise StorageError, naming the flag, unless files can be made in a folder, which is made where it is missing."""
     try:
@@ -70,7 +81,8 @@ def synchronise(path: Path) -> None:
         os.close(handle)
 
 
-def _current_umask() -> int:
+def current_umask() -> int:
+    """The mode bits that new files lack."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

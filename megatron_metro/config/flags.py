@@ -31,9 +31,7 @@ IGNORED: dict[str, str] = {
     "--attention-softmax-in-fp32": "the attention softmax always runs in FP32",
     "--accumulate-allreduce-grads-in-fp32": "gradients are accumulated and reduced in FP32 under --bf16 and --fp16 too",
     "--no-gradient-accumulation-fusion": "gradient accumulation is not fused into the matrix products",
-    "--override-opt-param-scheduler": "the schedule always follows the flags of this run",
     "--no-save-rng": "checkpoints always hold the random states, a few kilobytes per rank",
-    "--no-load-rng": "random states, which only dropout reads, always come back at the layout that saved them",
     "--dist-ckpt-optim-fully-reshardable": "every checkpoint loads at every layout",
     "--auto-detect-ckpt-format": "there is one checkpoint format, torch_dist",
     "--test-data-path": "pretraining has no test pass",
@@ -62,7 +60,7 @@ _FP8 = "FP8 is not supported; give --bf16"
 _CONFIG_FILE = "write the paths into a file and give it with --config"
 _LAYER_RECOMPUTE = "--recompute-granularity full recomputes every layer, selective the attention scores"
 _CKPT_CONVERT = "there is one checkpoint format, torch_dist, which loads at every layout"
-_ONE_SAVE = "checkpoints are written synchronously, to --save only; set --save-interval"
+_ONE_SAVE = "checkpoints are written to --save only; set --save-interval, and --async-save to go on meanwhile"
 _WANDB = "Weights & Biases is not supported; read <save>/metrics.jsonl or give --tensorboard-dir"
 _PROFILE = "there is no profiler; tools/benchmark.py times steps"
 
@@ -83,11 +81,8 @@ REFUSED: dict[str, str] = {
     "--no-mmap-bin-files": "token files are always memory-mapped",
     "--vocab-file": _SENTENCEPIECE,
     "--merge-file": _SENTENCEPIECE,
-    "--exit-duration-in-mins": "stop with --exit-interval",
-    "--exit-signal-handler": "signals are not handled; set --save-interval",
     "--lr-warmup-fraction": "give --lr-warmup-iters",
     "--lr-warmup-samples": "give --lr-warmup-iters",
-    "--use-checkpoint-opt-param-scheduler": "the schedule follows the flags of this run; give them again",
     "--fp8-format": _FP8,
     "--fp8-recipe": _FP8,
     "--fp8-amax-history-len": _FP8,
@@ -98,10 +93,6 @@ REFUSED: dict[str, str] = {
     "--recompute-num-layers": _LAYER_RECOMPUTE,
     "--recompute-modules": _LAYER_RECOMPUTE,
     "--distribute-saved-activations": "give --sequence-parallel, which shards all activations",
-    "--save-retain-interval": "every checkpoint is kept",
-    "--pretrained-checkpoint": "give --load and --finetune",
-    "--use-checkpoint-args": "give the configuration saved beside the checkpoint with --config",
-    "--async-save": _ONE_SAVE,
     "--use-persistent-ckpt-worker": _ONE_SAVE,
     "--non-persistent-save-interval": _ONE_SAVE,
     "--non-persistent-ckpt-type": _ONE_SAVE,

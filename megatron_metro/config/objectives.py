@@ -105,12 +105,16 @@ def targets_are_masked_slots(config: RunConfig) -> bool:
     return OBJECTIVES[config.objective.objective].masks_tokens and config.objective.lm_targets != "all"
 
 
+def find_switch(config: RunConfig) -> int | None:
+    """The step at which SPACTOR drops its generator, if it does in a run that is long enough."""
+    is_first_stage = config.objective.objective == "spactor" and config.model.has_generator
+    return config.objective.spactor_tau if is_first_stage else None
+
+
 def check_switch(config: RunConfig) -> None:
     """SPACTOR's second stage starts from what its first one saves, the optimizer's state included."""
-    tau, num_steps = config.objective.spactor_tau, count_steps(config.training)
-    if config.objective.objective != "spactor" or not config.model.has_generator or tau is None:
-        return
-    if num_steps is None or num_steps <= tau:
+    tau, num_steps = find_switch(config), count_steps(config.training)
+    if tau is None or num_steps is None or num_steps <= tau:
         return
     checkpoint = config.checkpoint
     require(

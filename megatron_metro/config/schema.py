@@ -315,6 +315,9 @@ class ParallelConfig:
     )
     distributed_backend: Literal["nccl", "gloo"] | None = option(None, "nccl on CUDA and gloo on CPU when not given")
     distributed_timeout_minutes: float = option(10.0, "minutes after which a silent peer ends the job", above=0.0)
+    distributed_timeout_seconds_after_init: float | None = option(
+        None, "the same from the second step on, in seconds; --distributed-timeout-minutes when not given", minimum=5.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -379,6 +382,25 @@ class TrainingConfig:
     eval_interval: int = option(1000, "steps between validations; 0 validates only at the end", minimum=0)
     eval_iters: int = option(10, "global batches per validation; 0 never validates", minimum=0)
     exit_interval: int | None = option(None, "stop (and save) after a step divisible by this", minimum=1)
+    exit_duration_in_mins: float | None = option(
+        None, "stop (and save) after the step during which the command has run for so many minutes", above=0.0
+    )
+    exit_signal_handler: bool = option(
+        True,
+        "SIGTERM, SIGINT and SIGUSR1 save and stop after the step in progress, exit code 75; a second one ends at once",
+    )
+    max_nonfinite_steps: int = option(
+        10,
+        "steps in a row with losses or gradients that are not finite, which change no weight, after which the run "
+        "stops; 1 stops at the first. FP16 steps count once the loss scale can fall no further",
+        minimum=1,
+    )
+    loss_spike_deviations: float = option(
+        10.0, "standard deviations (robust, over 128 steps) above the usual total loss that make a spike", above=0.0
+    )
+    loss_spike_policy: Literal["report", "skip"] = option(
+        "report", "a step whose loss is a spike is reported, or also changes no weight"
+    )
     seed: int = option(1234, "seed of weights, masks, order and sampling", minimum=0)
     device: Literal["auto", "cuda", "cpu"] = option("auto", "cuda with NCCL or cpu with gloo; cuda where there is one")
     deterministic_mode: bool = option(False, "refuse kernels whose result depends on timing")
@@ -393,11 +415,47 @@ class CheckpointConfig:
 
     save: str | None = option(None, "folder of checkpoints, metrics and logs")
     load: str | None = option(None, "folder to resume from")
+    pretrained_checkpoint: str | None = option(
+        None,
+        "folder of a run, or one step of it, whose weights a new run starts from while --load holds no checkpoint yet",
+    )
     save_interval: int | None = option(None, "steps between checkpoints; only at the end when not given", minimum=1)
+    save_retain_interval: int | None = option(
+        None, "delete the former checkpoints but those of steps divisible by this", minimum=1
+    )
+    keep_last: int | None = option(None, "delete all but this many newest checkpoints", minimum=1)
+    async_save: bool = option(False, "write checkpoints in the background, from a copy in host memory")
+    async_save_timeout: float = option(600.0, "seconds that a save in the background may take", above=0.0)
     ckpt_step: int | None = option(None, "step to load instead of the newest", minimum=0)
+    skip_damaged_checkpoints: bool = option(
+        False, "load the newest whole step; damaged newer ones are renamed where --save is --load"
+    )
     finetune: bool = option(False, "load weights only and start at step 0")
     no_save_optim: bool = option(False, "leave the optimizer state out of checkpoints")
     no_load_optim: bool = option(False, "do not load the optimizer state")
+    no_load_rng: bool = option(False, "do not load the random states of dropout; it goes on from --seed")
+    use_checkpoint_args: bool = option(
+        False, "take architecture, tokenizer and lengths from the checkpoint; flags that say otherwise are an error"
+    )
+    use_checkpoint_opt_param_scheduler: bool = option(
+        False, "take learning rates, their schedule and weight decay from the checkpoint, whatever the flags say"
+    )
+    override_opt_param_scheduler: bool = option(
+        False, "go on from --load with another optimizer setting: rates, decay, warm-up, betas, clipping"
+    )
+    override_data: bool = option(
+        False, "go on from --load with other text, blend, --split, blocks or --seed, after as many samples"
+    )
+    override_tokenizer: bool = option(False, "go on from --load with another tokenizer of as many ids")
+    override_batch_size: bool = option(
+        False, "go on from --load with another --global-batch-size or --rampup-batch-size"
+    )
+    override_objective: bool = option(
+        False, "go on from --load with another objective, masking rate or loss weight, or other target lengths"
+    )
+    override_model: bool = option(
+        False, "go on from --load with a model that computes otherwise on the same weights: dropout, precision, scales"
+    )
     exit_on_missing_checkpoint: bool = option(False, "stop when --load holds no checkpoint")
 
 

@@ -1,6 +1,6 @@
 """What one place, the command line or a YAML file, sets: values by field name, each checked and set once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from megatron_metro.config.errors import ConfigError
@@ -81,6 +81,34 @@ def parse_words(setting: Setting, label: str, words: Words) -> Value:
     if len(values) != 1:
         raise ConfigError(f"{label}: found {len(values)} values; give one")
     return values[0]
+
+
+def read_sections(sections: object, label: str) -> dict[str, Value]:
+    """The settings, by field name, that JSON of another run holds by section and name; each is checked.
+
+    Settings it does not have keep their defaults. Raises ConfigError, whose text begins with `label`.
+    """
+    if not isinstance(sections, Mapping) or not all(isinstance(section, Mapping) for section in sections.values()):
+        raise ConfigError(f"{label}: holds no sections of settings; give one that this program wrote")
+    values: dict[str, Value] = {}
+    for section, entries in sections.items():
+        for name, value in entries.items():
+            setting = list_settings().get(name)
+            if setting is None or setting.section != section:
+                found = shorten(f"{section}.{name}")
+                raise ConfigError(f"{label}: {found} is no setting; use the program that wrote it")
+            values[name] = parse_words(setting, f"{label}: {name}", _spell(value, f"{label}: {name}"))
+    return values
+
+
+def _spell(value: object, label: str) -> Words:
+    """A JSON value as the words that a flag would have."""
+    if value is None:
+        return None
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(item, bool | int | float | str) for item in items):
+        raise ConfigError(f"{label}: found a nested value; give one value or a flat list")
+    return tuple(str(item).lower() if isinstance(item, bool) else str(item) for item in items)
 
 
 def read_file(path: str) -> Source:

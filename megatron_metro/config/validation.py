@@ -1,6 +1,6 @@
 """Checks across settings before any process group starts: messages name flags, values found and what would work."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from megatron_metro.config.batches import count_steps, list_batch_sizes
 from megatron_metro.config.blend import parse_blend, parse_split
@@ -16,7 +16,13 @@ from megatron_metro.config.model_checks import (
     derive_decoder_length,
 )
 from megatron_metro.config.objectives import check_switch
-from megatron_metro.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_metro.config.schema import CheckpointConfig, ParallelConfig, RunConfig, TrainingConfig
+
+# What only a run that goes on can heed.
+_OF_RESUMED = (
+    "use_checkpoint_opt_param_scheduler",
+    *(f.name for f in fields(CheckpointConfig) if "override" in f.name),
+)
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:
@@ -257,15 +263,35 @@ def _check_data(config: RunConfig) -> None:
 
 def _check_checkpoints(config: RunConfig) -> None:
     checkpoint = config.checkpoint
+    load = checkpoint.load or checkpoint.pretrained_checkpoint
     needs = (
         ("--save-interval", checkpoint.save_interval is not None, "--save", checkpoint.save),
         ("--no-save-optim", checkpoint.no_save_optim, "--save", checkpoint.save),
+        ("--async-save", checkpoint.async_save, "--save", checkpoint.save),
+        ("--keep-last", checkpoint.keep_last is not None, "--save", checkpoint.save),
+        ("--save-retain-interval", checkpoint.save_retain_interval is not None, "--save", checkpoint.save),
         ("--ckpt-step", checkpoint.ckpt_step is not None, "--load", checkpoint.load),
         ("--finetune", checkpoint.finetune, "--load", checkpoint.load),
         ("--no-load-optim", checkpoint.no_load_optim, "--load", checkpoint.load),
+        ("--no-load-rng", checkpoint.no_load_rng, "--load", checkpoint.load),
+        ("--use-checkpoint-args", checkpoint.use_checkpoint_args, "--load", load),
+        *((f"--{name.replace('_', '-')}", getattr(checkpoint, name), "--load", load) for name in _OF_RESUMED),
         ("--exit-on-missing-checkpoint", checkpoint.exit_on_missing_checkpoint, "--load", checkpoint.load),
+        ("--skip-damaged-checkpoints", checkpoint.skip_damaged_checkpoints, "--load", checkpoint.load),
     )
     for flag, is_given, needed, folder in needs:
         require(
             not is_given or folder is not None, f"{flag} needs {needed}, not found; give {needed} FOLDER or drop {flag}"
         )
+    interval, retained = checkpoint.save_interval, checkpoint.save_retain_interval
+    if interval is not None and retained is not None:
+        require(
+            retained % interval == 0,
+            f"--save-retain-interval {retained} is not a multiple of --save-interval {interval}, so some of its steps "
+            f"would never be saved; give {nearest_multiples(retained, interval)}",
+        )
+    require(
+        not (checkpoint.override_opt_param_scheduler and checkpoint.use_checkpoint_opt_param_scheduler),
+        "--override-opt-param-scheduler follows the flags of this run, --use-checkpoint-opt-param-scheduler those of "
+        "the checkpoint, found both; give one of them",
+    )

@@ -1,5 +1,6 @@
 """Token files: Megatron-Core's .bin and .idx, byte-compatible both ways, checked before they are trusted."""
 
+import hashlib
 import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -42,6 +43,12 @@ class TokenStore:
     content_sha256: str  # of the .idx: the same for a copy elsewhere, another for other text
     manifest: Manifest | None
     dataset: IndexedDataset  # owns the maps: they are closed under their views when it goes
+
+    @property
+    def full_sha256(self) -> str:
+        """Of the .idx and, where there is a manifest, of the checksums of the .bin."""
+        checksums = () if self.manifest is None else self.manifest.bin_crc32
+        return hashlib.sha256(f"{self.content_sha256} {checksums}".encode()).hexdigest()
 
     @property
     def num_documents(self) -> int:

@@ -82,7 +82,7 @@ class WorkerPool(Generic[Request, Result]):
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.terminate()
+            process.kill()
         for process in self._processes:
             process.join()
         self._connections, self._processes = [], []
@@ -98,7 +98,9 @@ class WorkerPool(Generic[Request, Result]):
 
 def _serve(connection: Connection, open_function: Callable[[], Callable[[Any], Any]]) -> None:
     """Answer until the other end closes, which also happens when the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    # These reach the whole group, and the parent decides: it may want to save, for which it needs no worker to die.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     try:
         function = open_function()
         while True:

@@ -30,6 +30,7 @@ SUM_NAMES = (
     "lm_unreplaced",
     "rtd_replaced_right",
     "rtd_unreplaced_right",
+    "stop_votes",  # no loss: it rides on the one message to all ranks that every step has
 )
 
 
@@ -60,6 +61,21 @@ class StepLosses:
         self._objective, self._loss_scale, self._has_lm_head = objective, loss_scale, has_lm_head
         self._counts = dict(zip(COUNT_NAMES, counts.tolist(), strict=True))
         self.sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=counts.device)
+        self._fetched: dict[str, float] | None = None
+
+    def vote_to_stop(self) -> None:
+        """Ask all ranks to stop after this step; call before the sums are reduced."""
+        self._add(stop_votes=torch.ones((), device=self.sums.device))
+
+    @property
+    def is_voted_to_stop(self) -> bool:
+        """Whether any rank asks for a stop; the same on all ranks once the sums are reduced."""
+        return self._fetch()["stop_votes"] > 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the encoder reads in the global batch, padding excluded."""
+        return int(self._counts["real"])
 
     def add_mlm(self, nll_BG: Tensor, is_right_BG: Tensor, is_replaced_BG: Tensor, valid_BG: Tensor) -> Tensor:
         """The generator's masked-LM term as a scalar to inject, from per-slot losses in nats; and what it replaced."""
@@ -120,7 +136,7 @@ class StepLosses:
         What has a name depends on the run alone, except that a batch without masked tokens has no terms of a
         generator's. A ratio over nothing is 0, as is RTD without its head.
         """
-        sums, counts = dict(zip(SUM_NAMES, self.sums.tolist(), strict=True)), self._counts
+        sums, counts = self._fetch(), self._counts
         objective, metrics = self._objective, {}
         total = sums["lm_loss"] * self._multiplier(objective.lm_loss_weight, "targets")
         if self._has_lm_head:
@@ -142,6 +158,12 @@ class StepLosses:
             "rtd unreplaced accuracy": 100 * _ratio(sums["rtd_unreplaced_right"], num_unreplaced),
             "replace ratio": 100 * _ratio(sums["replaced"], counts["real"]),
         }
+
+    def _fetch(self) -> dict[str, float]:
+        """The reduced sums on the host, which is waited for once."""
+        if self._fetched is None:
+            self._fetched = dict(zip(SUM_NAMES, self.sums.tolist(), strict=True))
+        return self._fetched
 
     def _multiplier(self, weight: float, count: str) -> float:
         # A batch with nothing to write and nothing masked trains nothing, RTD neither (design section 4).

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.errors import ConfigError, PeerError, first_line
 from megatron_metro.config.schema import ParallelConfig
 from megatron_metro.device import Device
 
@@ -76,13 +76,13 @@ def initialise(
     """Join the job that torchrun describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or start a job of one process.
 
     `agreed` are lines that must be the same on all ranks. Raises ConfigError when they are not, or when the number of
-    processes does not fit the layout.
+    processes does not fit the layout; PeerError when not all of them come within `timeout`.
     """
     _, world_size = find_place()
     _check_world_size(parallel, world_size)
     if "RANK" in os.environ:
         _bind_to_loopback_on_one_node(world_size)
-        dist.init_process_group(device.backend, init_method="env://", timeout=timeout)
+        _join(device.backend, world_size, timeout)
     else:
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
@@ -121,6 +121,27 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over the group, in place; `tensor` itself is returned. No backward."""
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
     return tensor
+
+
+def is_store_in_launcher() -> bool:
+    """Whether torchrun holds the job's store, and not the process of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def holds_first_rank(group: ProcessGroup | None) -> bool:
+    """Whether rank 0 of the job is in this group, as in the one group of several alike that speaks for all."""
+    return 0 in dist.get_process_group_ranks(group)
+
+
+def _join(backend: str, world_size: int, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    except (dist.DistError, RuntimeError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise PeerError(
+            f"torchrun: not all {world_size} processes of the job met at {place} within {timeout.total_seconds():g} s "
+            f"({first_line(error)}); look for what ended the others, or raise --distributed-timeout-minutes"
+        ) from error
 
 
 def _check_equal_on_all_ranks(lines: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from megatron_metro.config.chain import Unit, build_chain
 from megatron_metro.config.lengths import static_lengths
 from megatron_metro.config.payload import payload_rows
 from megatron_metro.config.schema import RunConfig
+from megatron_metro.device import keep_freed_memory
 from megatron_metro.losses.step import StepLosses, count_tokens
 from megatron_metro.model.build import build_pieces
 from megatron_metro.parallel.boundary import BoundaryPayload, pack, unpack
@@ -179,6 +180,7 @@ def measure_units(
     workload: Workload, groups: ParallelGroups, num_rounds: int, num_warmups: int, report: Report
 ) -> dict[str, Any]:
     """Times of units against the plan's ratios; both are scaled to the same sum over the units of the chain."""
+    keep_freed_memory()  # the plan is for devices whose allocator does
     run = metro_run(workload)
     microbatch = draw_microbatch(run)
     pieces = build_timed_pieces(run, groups, microbatch)

@@ -4,7 +4,8 @@ Everything that differs between layouts is chosen here once, when the engine is 
 one process and for a pipeline.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,17 @@ class StepResult:
 
     metrics: dict[str, float]
     outcome: StepOutcome
+    num_tokens: int = 0  # of text in the global batch, padding excluded
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all losses and gradients of all ranks are."""
+        return math.isfinite(self.outcome.grad_norm) and all(map(math.isfinite, self.metrics.values()))
+
+
+def accept_all(metrics: Mapping[str, float]) -> bool:
+    """Lets every step with finite losses and gradients change the weights."""
+    return True
 
 
 class Engine:
@@ -55,29 +67,48 @@ class Engine:
         self.core_config = get_model_config(self.chunks[0])
         self.communicator = StaticShapeCommunicator(groups.pp_group, self.core_config) if groups.pp_size > 1 else None
         self._connect_hooks()
+        self.wants_stop: Callable[[], bool] = lambda: False  # asked on every rank in every step and validation batch
+        self.tick: Callable[[], None] = lambda: None  # called as each microbatch begins
+        self.is_told_to_stop = False  # whether any rank wanted it in the last one; the same on all ranks
+        self._own_sums = torch.zeros(0)
 
     def set_step(self, step: int) -> None:
         """Take up the loss weights of the step that follows `step` completed ones."""
         self.objective = objective_at(self.run.objective, step)
 
-    def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
-        """Forward and backward over this data-parallel rank's microbatches, then one optimizer update."""
-        metrics = self.accumulate_gradients(microbatches)
-        return StepResult(metrics, optimizer_step(self.optimizer))
+    def train_step(
+        self, microbatches: Sequence[Microbatch], accepts: Callable[[Mapping[str, float]], bool] = accept_all
+    ) -> StepResult:
+        """Forward and backward over this data-parallel rank's microbatches, then one optimizer update.
+
+        No weight and no optimizer state changes on any rank when a loss or a gradient of any rank is not finite, or
+        when `accepts`, which is asked on all ranks, refuses the losses.
+        """
+        losses = self._accumulate(microbatches)
+        metrics = losses.summarise()
+        may_update = all(map(math.isfinite, metrics.values())) and accepts(metrics)
+        return StepResult(metrics, optimizer_step(self.optimizer, may_update=may_update), losses.num_tokens)
+
+    def find_nonfinite(self) -> tuple[bool, list[str]]:
+        """After a step: whether this rank's own losses are not finite, and its weights whose gradients are not."""
+        names = [
+            name
+            for piece in self.pieces
+            for name, parameter in piece.named_parameters()
+            if not parameter.main_grad.isfinite().all()
+        ]
+        return not bool(self._own_sums.isfinite().all()), names
 
     def accumulate_gradients(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
         """The step up to the update: `main_grad` of every weight holds the gradient of the global batch's objective."""
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        return self._run(microbatches, forward_only=False).summarise()
+        return self._accumulate(microbatches).summarise()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[Microbatch]]) -> dict[str, float]:
         """Metrics over all batches together: summed terms over summed counts.
 
-        Where a generator corrupts the input of a text-to-text objective (SPACTOR), its loss on the input as it was,
+        Ends early when a rank wants to stop. Where a generator corrupts the input of a text-to-text objective
+        (SPACTOR), its loss on the input as it was,
         "clean lm loss", stands beside the one on replaced tokens (the paper's figure 4).
         """
         for chunk in self.chunks:
@@ -85,6 +116,8 @@ class Engine:
         losses, clean = [], []
         for microbatches in batches:
             losses.append(self._run(microbatches, forward_only=True))
+            if self.is_told_to_stop:
+                break
             if self.run.model.has_generator and target_kind(self.run.objective) == "others":
                 clean.append(self._run([batch.without_masks() for batch in microbatches], forward_only=True))
         metrics = StepLosses.merge(losses).summarise()
@@ -102,6 +135,13 @@ class Engine:
         for hook in ("grad_scale", "finalize_model_grads", "no_sync", "grad_sync", "param_sync"):
             setattr(self.core_config, f"{hook}_func", None)
 
+    def _accumulate(self, microbatches: Sequence[Microbatch]) -> StepLosses:
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(microbatches, forward_only=False)
+
     def _run(self, microbatches: Sequence[Microbatch], *, forward_only: bool) -> StepLosses:
         """All microbatches through the schedule; the loss terms of all stages, summed over the world."""
         counts = all_reduce_sum(count_tokens(microbatches), self.groups.dp_group)
@@ -117,7 +157,7 @@ class Engine:
         with self._messages(shape, len(microbatches), forward_only):
             get_forward_backward_func()(
                 forward_step_func=_forward_step,
-                data_iterator=[iter(microbatches) for _ in self.chunks],
+                data_iterator=[self._hand_out(microbatches) for _ in self.chunks],
                 model=self.chunks,
                 num_microbatches=len(microbatches),
                 seq_length=shape.encoder_length,  # not read: the communicator knows every shape
@@ -126,11 +166,20 @@ class Engine:
                 p2p_communicator=self.communicator,
                 pg_collection=self.groups.collection,
             )
+        self._own_sums = losses.sums.clone()
         # Tensor-parallel ranks hold the same sums, so one of them speaks.
         if self.groups.tp_rank != 0:
             losses.sums.zero_()
+        if self.wants_stop():
+            losses.vote_to_stop()
         all_reduce_sum(losses.sums, self.groups.world_group)
+        self.is_told_to_stop = losses.is_voted_to_stop
         return losses
+
+    def _hand_out(self, microbatches: Sequence[Microbatch]) -> Iterator[Microbatch]:
+        for microbatch in microbatches:
+            self.tick()
+            yield microbatch
 
     def _messages(
         self, shape: MicrobatchShape, num_microbatches: int, forward_only: bool

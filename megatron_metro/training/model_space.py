@@ -27,10 +27,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from megatron_metro.checkpoint.reader import OPTIMIZER_PREFIX
 from megatron_metro.training.adafactor import Adafactor, Part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-OPTIMIZER_PREFIX = "optimizer.state."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,12 +111,16 @@ def device_kind(chunks: Sequence[nn.Module]) -> str:
 
 
 def get_num_updates(optimizer: MegatronOptimizer) -> int:
-    """The optimizer's step count: one number for all parameters."""
+    """The optimizer's step count: one number for all parameters.
+
+    torch's AdamW counts beside the moments; NVIDIA's in the parameter group, as a number or (capturable) a tensor, and
+    Transformer Engine's not in groups of which this rank owns nothing.
+    """
     adam = optimizer.optimizer
     if isinstance(adam, torch.optim.AdamW):
         counts = {int(state["step"]) for state in adam.state.values() if "step" in state}
     else:
-        counts = {int(group["step"]) for group in adam.param_groups if "step" in group}
+        counts = {int(group["step"]) for group in adam.param_groups if group["params"] and "step" in group}
     assert len(counts) <= 1, f"parameters disagree about the number of updates: {sorted(counts)}"
     return counts.pop() if counts else 0
 
@@ -127,7 +131,8 @@ def set_num_updates(optimizer: MegatronOptimizer, num_updates: int) -> None:
     adam = optimizer.optimizer
     for group in adam.param_groups:
         if not isinstance(adam, torch.optim.AdamW):
-            group["step"] = num_updates
+            step = group.get("step")
+            group["step"] = step.fill_(num_updates) if isinstance(step, Tensor) else num_updates
             continue
         for parameter in group["params"]:
             adam.state[parameter]["step"].fill_(float(num_updates))

@@ -8,7 +8,7 @@ deliberate difference.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from torch import Tensor
 
 from megatron_metro.config.schema import OptimizerConfig, ParallelConfig, RunConfig
-from megatron_metro.parallel.groups import ParallelGroups, all_reduce_sum
+from megatron_metro.parallel.groups import ParallelGroups, all_reduce_sum, holds_first_rank
 from megatron_metro.training.adafactor import Adafactor, list_parts
 
 
@@ -29,8 +29,8 @@ from megatron_metro.training.adafactor import Adafactor, list_parts
 class StepOutcome:
     """What one call of `optimizer_step` did; the same on every rank."""
 
-    updated: bool  # False: a gradient was not finite, and no weight and no optimizer state changed
-    grad_norm: float  # of the whole model, before clipping, without the loss scale; inf or nan when not updated
+    updated: bool  # False: no weight and no optimizer state changed
+    grad_norm: float  # of the whole model, before clipping, without the loss scale; inf or nan if a gradient has any
     loss_scale: float  # by which this step's losses were multiplied; 1.0 except in FP16
 
 
@@ -101,8 +101,10 @@ def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
 
 
 @torch.no_grad()
-def optimizer_step(optimizer: MegatronOptimizer) -> StepOutcome:
-    """Clip the reduced gradients and update the weights; collective over the model's ranks.
+def optimizer_step(optimizer: MegatronOptimizer, *, may_update: bool = True) -> StepOutcome:
+    """Clip the reduced gradients and update the weights if they are finite on every rank and `may_update` is true.
+
+    Collective over all ranks; `may_update` is the same on all of them.
 
     Core's own `step` is taken apart for two reasons: it rounds the norm to float32, whatever the gradients are (the
     clipping factor then differs between layouts at 1e-7), and outside FP16 it lets a gradient that is not finite into
@@ -111,7 +113,7 @@ def optimizer_step(optimizer: MegatronOptimizer) -> StepOutcome:
     loss_scale = float(optimizer.get_loss_scale())
     found_inf = optimizer.prepare_grads()
     grad_norm = gradient_norm(optimizer)
-    if found_inf or not math.isfinite(grad_norm):
+    if found_inf or not may_update or not math.isfinite(grad_norm):
         return StepOutcome(updated=False, grad_norm=grad_norm, loss_scale=loss_scale)
     if optimizer.config.clip_grad > 0.0:
         clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
@@ -120,29 +122,39 @@ def optimizer_step(optimizer: MegatronOptimizer) -> StepOutcome:
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """L2 norm of the whole model's gradients as `prepare_grads` left them; collective.
+    """L2 norm of the whole model's gradients as `prepare_grads` left them; collective over all ranks.
 
-    A weight that lives on several stages, or whole on every tensor-parallel rank, counts once.
+    A weight that lives on several stages, or whole on every tensor-parallel rank, counts once. All copies on all ranks
+    are looked at, though: the norm is nan when any of them has an entry that is not finite.
     """
-    return _global_norm(optimizer, optimizer.get_main_grads_for_grad_norm())
+    parameters = [parameter for parameter in optimizer.get_parameters() if parameter.grad is not None]
+    counted = [parameter for parameter in parameters if _is_counted(parameter, optimizer)]
+    others = [parameter for parameter in parameters if not _is_counted(parameter, optimizer)]
+    local = torch.zeros(2, dtype=torch.float64, device=optimizer.get_loss_scale().device)
+    if parameters:
+        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in [*counted, *others]])).double()
+        local[1] = (~norms.isfinite()).sum()
+        # Every data-parallel replica has the same sum unless the optimizer is sharded over them: then one speaks.
+        if holds_first_rank(optimizer.get_grad_stats_parallel_group()):
+            local[0] = norms[: len(counted)].square().sum()
+    square, num_broken = all_reduce_sum(local, None).tolist()
+    return math.nan if num_broken else math.sqrt(square)
 
 
 @torch.no_grad()
 def parameter_norm(optimizer: MegatronOptimizer) -> float:
     """L2 norm of the whole model's weights (the FP32 main weights where there are some); collective."""
-    counted = (
-        parameter.detach()
-        for parameter in optimizer.get_parameters()
-        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, optimizer.tp_group)
-    )
-    return _global_norm(optimizer, counted)
-
-
-def _global_norm(optimizer: MegatronOptimizer, local_tensors: Iterable[Tensor]) -> float:
+    counted = [parameter.detach() for parameter in optimizer.get_parameters() if _is_counted(parameter, optimizer)]
     square = torch.zeros((), dtype=torch.float64, device=optimizer.get_loss_scale().device)
-    if tensors := list(local_tensors):
-        square += torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+    if counted:
+        square += torch.stack(torch._foreach_norm(counted)).double().square().sum()
     return math.sqrt(all_reduce_sum(square, optimizer.get_grad_stats_parallel_group()).item())
+
+
+def _is_counted(parameter: Tensor, optimizer: MegatronOptimizer) -> bool:
+    """Whether this rank is the one that counts a weight in norms."""
+    is_original: bool = param_is_not_shared(parameter)
+    return is_original and param_is_not_tensor_parallel_duplicate(parameter, optimizer.tp_group)
 
 
 def _core_config(optimizer: OptimizerConfig, parallel: ParallelConfig) -> CoreOptimizerConfig:

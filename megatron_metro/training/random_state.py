@@ -7,9 +7,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
+from megatron_metro.checkpoint.reader import RANDOM_PREFIX
 from megatron_metro.parallel.groups import ParallelGroups
-
-RANDOM_PREFIX = "random."
 
 
 def read_random_states(kind: str) -> dict[str, Tensor]:

@@ -14,11 +14,13 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.files import refusing_writes
 from megatron_metro.config.schema import LoggingConfig, RunConfig
 from megatron_metro.parallel.groups import ParallelGroups
 from megatron_metro.training.throughput import format_duration
 
 METRICS_FILE = "metrics.jsonl"
+ANOMALIES_FILE = "anomalies.jsonl"
 # Terms whose exponential is a perplexity; Megatron prints one for every value.
 _PERPLEXITIES = ("lm loss", "mlm loss")
 
@@ -115,15 +117,16 @@ class Reporter:
     ) -> None:
         self._train_iters, self._stream, self._groups = train_iters, stream, groups
         self._speaks = groups.rank == groups.world_size - 1
-        self._metrics_path: Path | None = None
+        self._folder: Path | None = None
         self._tensorboard: Any = None
         self._bar: Any = None
         if not self._speaks:
             return
         if config.checkpoint.save is not None:
-            self._metrics_path = Path(config.checkpoint.save) / METRICS_FILE
-            self._metrics_path.parent.mkdir(parents=True, exist_ok=True)
-            drop_later_lines(self._metrics_path, start_iteration)
+            self._folder = Path(config.checkpoint.save)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS_FILE, ANOMALIES_FILE):
+                drop_later_lines(self._folder / name, start_iteration)
         if config.logging.tensorboard_dir is not None:
             self._tensorboard = _open_tensorboard(config.logging.tensorboard_dir, start_iteration)
         if config.logging.progress_bar and sys.stderr.isatty():
@@ -193,9 +196,13 @@ class Reporter:
                 **_underscored(metrics),
             }
         )
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(f"{name} {split}", value, iteration)
+        self._draw({f"{name} {split}": value for name, value in metrics.items()}, iteration)
+
+    def anomaly(self, text: str, entry: dict[str, Any]) -> None:
+        """A step that was not as others: a line, and an entry of `anomalies.jsonl`."""
+        if self._speaks:
+            self.message(text)
+            self._append(_underscored(entry), ANOMALIES_FILE)
 
     def saving(self, iteration: int, folder: str) -> None:
         """Before a checkpoint is written."""
@@ -212,16 +219,16 @@ class Reporter:
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with refusing_writes(Path(self._tensorboard.log_dir)):
+                self._tensorboard.close()
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        if self._metrics_path is not None:
-            with self._metrics_path.open("a", encoding="utf-8") as file:
-                file.write(_to_json(entry) + "\n")
+    def _append(self, entry: dict[str, Any], name: str = METRICS_FILE) -> None:
+        if self._folder is None:
+            return
+        with refusing_writes(self._folder / name), (self._folder / name).open("a", encoding="utf-8") as file:
+            file.write(_to_json(entry) + "\n")
 
     def _draw_step(self, report: StepReport) -> None:
-        if self._tensorboard is None:
-            return
         # Megatron's names.
         scalars = {
             "learning-rate": report.learning_rate,
@@ -233,9 +240,14 @@ class Reporter:
             "iteration-time": report.seconds_per_iteration,
             "throughput": report.tflops_per_device,
         }
-        for name, value in scalars.items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, value, report.iteration)
+        self._draw({name: value for name, value in scalars.items() if value is not None}, report.iteration)
+
+    def _draw(self, scalars: Mapping[str, float], iteration: int) -> None:
+        if self._tensorboard is None:
+            return
+        with refusing_writes(Path(self._tensorboard.log_dir)):
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, iteration)
 
 
 def drop_later_lines(path: Path, iteration: int) -> None:

@@ -8,14 +8,15 @@ generator and the detector took (weights, gradients, optimizer state, FLOPs) is 
 from dataclasses import replace
 
 from megatron_metro.config.batches import count_steps
+from megatron_metro.config.objectives import find_switch
 from megatron_metro.config.schema import RunConfig
 
 
 def list_stages(run: RunConfig, start_iteration: int) -> list[RunConfig]:
     """What is left to train of a resolved run from `start_iteration` on, each stage a run up to its last step."""
-    switch, train_iters = run.objective.spactor_tau, count_steps(run.training)
+    switch, train_iters = find_switch(run), count_steps(run.training)
     assert train_iters is not None, "checked by require_training_inputs"
-    if run.objective.objective != "spactor" or not run.model.has_generator or switch is None or switch >= train_iters:
+    if switch is None or switch >= train_iters:
         return [run]
     second = replace(run, model=replace(run.model, generator_num_layers=0))
     if start_iteration >= switch:
@@ -23,7 +24,6 @@ def list_stages(run: RunConfig, start_iteration: int) -> list[RunConfig]:
     first = replace(run, training=replace(run.training, train_iters=switch, train_samples=None))
     checkpoint = run.checkpoint
     assert checkpoint.save is not None, "checked by validate: the second stage loads what the first one saves"
-    return [
-        first,
-        replace(second, checkpoint=replace(checkpoint, load=checkpoint.save, ckpt_step=None, finetune=False)),
-    ]
+    # How the run itself was to load is done with.
+    switched = replace(checkpoint, load=checkpoint.save, pretrained_checkpoint=None, ckpt_step=None, finetune=False)
+    return [first, replace(second, checkpoint=replace(switched, no_load_optim=False, no_load_rng=False))]

@@ -5,6 +5,7 @@ A new version of core that changes one of them fails here, with the seam's name,
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -280,3 +281,53 @@ class TestSchedules:
         assert output.numel() == 1
         custom_backward(output, torch.tensor([1.0, 2.0, 3.0]))
         assert weight.grad is not None and weight.grad.tolist() == [2.0, 4.0, 6.0]
+
+
+class TestSaving:
+    """`training/saving.py` plans with core and torch, writes by itself, and has torch describe what was written."""
+
+    def test_signatures(self) -> None:
+        from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+        from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+        from megatron.core.dist_checkpointing.strategies import torch as strategy
+        from torch.distributed.checkpoint import FileSystemWriter
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+        assert parameters_of(save_preprocess)[:2] == ["sharded_state_dict", "validate_access_integrity"]
+        assert parameters_of(save_config) == ["config", "checkpoint_dir"]
+        assert parameters_of(CheckpointingConfig)[:2] == ["sharded_backend", "sharded_backend_version"]
+        assert parameters_of(strategy.mcore_to_pyt_state_dict)[:2] == ["state_dict", "is_loading"]
+        keys = parameters_of(strategy._replace_state_dict_keys_with_sharded_keys)
+        assert keys == ["sharded_state_dict", "keep_only_main_replica"]
+        assert parameters_of(FileSystemWriter.write_data) == ["self", "plan", "planner"]
+        assert parameters_of(FileSystemWriter.finish) == ["self", "metadata", "results"]
+        assert parameters_of(_StorageInfo)[:3] == ["relative_path", "offset", "length"]
+
+    def test_torch_asks_for_data_once_and_then_for_the_description(self, groups: Any, tmp_path: Path) -> None:
+        from torch.distributed.checkpoint import FileSystemWriter, save
+        from torch.futures import Future
+
+        calls = []
+
+        class Recorder(FileSystemWriter):
+            def write_data(self, plan: Any, planner: Any) -> Any:
+                calls.append([plan.storage_data.prefix, *(item.index.fqn for item in plan.items)])
+                nothing: Future[list[Any]] = Future()
+                nothing.set_result([])
+                return nothing
+
+            def finish(self, metadata: Any, results: Any) -> None:
+                calls.append([*metadata.state_dict_metadata, *results])
+
+        save({"a": torch.zeros(2)}, storage_writer=Recorder(tmp_path / "step"))
+        assert calls == [["__0_", "a"], ["a", []]]
+        assert list((tmp_path / "step").iterdir()) == []
+
+    def test_core_finds_a_part_that_nobody_writes(self, groups: Any) -> None:
+        from megatron.core.dist_checkpointing import ShardedTensor
+        from megatron.core.dist_checkpointing.core import CheckpointingException
+        from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+
+        half = ShardedTensor.from_rank_offsets("a", torch.zeros(2), (0, 0, 2))
+        with pytest.raises(CheckpointingException, match="Invalid access pattern"):
+            save_preprocess({"a": half})

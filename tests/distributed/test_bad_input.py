@@ -175,9 +175,9 @@ def test_damaged_data_is_refused_before_any_process_group(server, corpus, tmp_pa
 
 
 def test_ignored_flags_are_named_once(server, corpus, tmp_path):
-    flags = ("--tokenizer-model", corpus.model, "--data-path", tmp_path / "none", "--no-load-rng")
+    flags = ("--tokenizer-model", corpus.model, "--data-path", tmp_path / "none", "--no-save-rng")
     ranks = server.run_ranks("pretrain", *SMALL, *flags, world_size=2, may_start_groups=False)
-    assert [result.err.count("--no-load-rng is ignored") for result in ranks] == [1, 0]
+    assert [result.err.count("--no-save-rng is ignored") for result in ranks] == [1, 0]
     assert [result.err.count("error: ") for result in ranks] == [1, 1]
 
 
@@ -310,7 +310,7 @@ def test_a_killed_data_worker_ends_the_run(server, corpus, tmp_path):
 CHECKPOINT_FAULTS = {
     "empty tracker": ("latest_checkpointed_iteration.txt", b"", "not a number"),
     "tracker of another step": ("latest_checkpointed_iteration.txt", b"7", "iter_0000007"),
-    "damaged state": ("iter_0000003/state.json", b"{", "state.json"),
+    "damaged manifest": ("iter_0000003/manifest.json", b"{", "manifest.json"),
     "cut shard": ("iter_0000003/__0_0.distcp", b"PK", "iter_0000003"),
     "cut metadata": ("iter_0000003/.metadata", b"\x80", "iter_0000003"),
 }
@@ -322,7 +322,7 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(server, corpus, saved, tm
     shutil.copytree(saved, tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)
     before = list_files(tmp_path)
-    flags = ("--train-iters", 5, "--load", tmp_path / "run", "--save", tmp_path / "run")
+    flags = ("--train-iters", 5, "--lr-decay-iters", 3, "--load", tmp_path / "run", "--save", tmp_path / "run")
     for result in server.run_ranks("pretrain", *SMALL, *inputs(corpus), *flags, world_size=2):
         assert_refused(result, 66, word)
     assert list_files(tmp_path) == before

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
+from megatron_metro.checkpoint.folder import TRACKER, read_document
+from megatron_metro.checkpoint.manifest import write_manifest
 from megatron_metro.config.errors import CheckpointError, StorageError
 from megatron_metro.config.schema import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_metro.parallel.groups import ParallelGroups, reinitialise
@@ -190,16 +192,29 @@ def load(folder: Path, **options) -> TrainState | None:
     return Run(ParallelConfig(), FP32, CheckpointConfig(load=str(folder), **options)).load()
 
 
+@pytest.mark.parametrize("is_same", [True, False])
+def test_random_states_come_back_at_their_own_layout_only(saved, monkeypatch, caplog, is_same):
+    if not is_same:
+        monkeypatch.setattr("megatron_metro.training.loading.describe_layout", lambda *_: {"tensor": 2})
+    run = Run(ParallelConfig(), FP32, CheckpointConfig(load=str(saved)))
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    run.load()
+    assert torch.equal(torch.get_rng_state(), before) is not is_same
+    said = [record.getMessage() for record in caplog.records if record.name == "megatron_metro.training.loading"]
+    assert ["dropout goes on from --seed" in text for text in said] == [True] * (not is_same)
+
+
 def test_files_are_megatrons_and_hold_no_pickled_object(saved):
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "2"
     step = saved / "iter_0000002"
-    assert {".metadata", "common.pt", "metadata.json", "state.json"} < {path.name for path in step.iterdir()}
+    assert {".metadata", "common.pt", "metadata.json", "manifest.json"} < {path.name for path in step.iterdir()}
     assert torch.load(step / "common.pt", weights_only=True) == {}
     entries = FileSystemReader(step).read_metadata().state_dict_metadata
     assert all(isinstance(entry, TensorStorageMetadata) for entry in entries.values())
     assert entries[SHARED].size[0] < PADDED_VOCAB_SIZE
     assert f"optimizer.state.exp_avg.{SHARED}" in entries
-    document = json.loads((step / "state.json").read_text())
+    document = json.loads((step / "manifest.json").read_text())
     assert document["train"]["consumed_samples"] == 32
     assert document["config"]["optimizer"]["lr"] == OPTIMIZER.lr
 
@@ -214,14 +229,15 @@ def test_an_existing_step_is_never_written_again(saved):
 
 
 def test_what_a_killed_save_left_is_cleared(saved):
-    leftover = saved / "iter_0000003.partial"
-    leftover.mkdir()
-    (leftover / "__0_0.distcp").write_bytes(b"half")
+    leftovers = [saved / "iter_0000003.abc.partial", saved / "iter_0000001.deleted"]
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "__0_0.distcp").write_bytes(b"half")
     run = Run(ParallelConfig(), FP32, CheckpointConfig(save=str(saved), load=str(saved)))
     run.load()
     run.advance(3)
     run.save()
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
     assert load(saved).iteration == 3
     assert load(saved, ckpt_step=2).iteration == 2
 
@@ -235,27 +251,50 @@ def test_a_failing_file_system_leaves_earlier_steps_alone(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(StorageError, match="earlier steps are intact"):
+    with pytest.raises(StorageError, match=r"No space left.* MB needed, .* MB free\); earlier steps are intact"):
         run.save()
     monkeypatch.undo()
-    assert [path.name for path in saved.glob("iter_*")] == ["iter_0000002"]
+    assert sorted(path.name for path in saved.iterdir()) == ["iter_0000002", TRACKER]
     assert load(saved).iteration == 2
 
 
-def test_a_damaged_or_foreign_step_is_refused_in_one_line(saved):
+def test_a_damaged_step_is_refused_in_one_line(saved):
+    step = saved / "iter_0000002"
+    shard = step / "__0_0.distcp"
+    whole = shard.read_bytes()
+    for content, words in ((whole[:-1], "manifest.json says"), (b"x" + whole[1:], "is damaged, its SHA-256 is")):
+        shard.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"__0_0.distcp: .*{words} .*; choose another step") as refusal:
+            load(saved)
+        assert "\n" not in str(refusal.value)
+    shard.write_bytes(whole)
+    (step / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"iter_0000002/.metadata: is missing"):
+        load(saved)
+    (step / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"manifest.json: is damaged"):
+        load(saved)
+
+
+def vouch_again(step: Path) -> None:
+    """As someone who can write the folder could."""
+    document = read_document(step)
+    (step / "manifest.json").unlink()
+    write_manifest(step, {key: value for key, value in document.items() if key not in ("files", "sha256")})
+
+
+def test_what_a_manifest_vouches_for_is_still_read_with_care(saved):
     step = saved / "iter_0000002"
     shard = step / "__0_0.distcp"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"iter_0000002: cannot be read .*; choose another step") as refusal:
+    vouch_again(step)
+    with pytest.raises(CheckpointError, match=r"iter_0000002/.*__0_0.distcp.* choose another step"):
         load(saved)
-    assert "\n" not in str(refusal.value)
     shard.write_bytes(whole)
     (step / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match="iter_0000002: cannot be read"):
-        load(saved)
-    (step / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"state.json: not the state of a run"):
+    vouch_again(step)
+    with pytest.raises(CheckpointError, match=r"iter_0000002/\.metadata"):
         load(saved)
 
 

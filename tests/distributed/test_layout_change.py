@@ -39,6 +39,11 @@ PAIRS = [
     (Row(dp=2, distributed_optimizer=True), Row(pp=2, single_precision=True)),
     (Row(pp=2, vpp=2, layout="G|gg|Mee|RDddL"), Row()),
     (Row(), Row(tp=2, sp=True, pp=2)),
+    (Row(pp=2, layout="Gg|gMeeRDddL"), Row(pp=2, layout="GggMeeRDd|dL")),
+    (
+        Row(pp=2, layout="GggMe|eRDddL", single_precision=True),
+        Row(pp=2, vpp=2, layout="G|ggMee|RD|ddL", single_precision=True),
+    ),
     (
         Row(tp=2, spans=True, model=tiny.T5_V1_1, model_name="T5 v1.1"),
         Row(spans=True, model=tiny.T5_V1_1, model_name="T5 v1.1"),

@@ -117,22 +117,13 @@ class Overflow:
 
 
 def overflow(case: Case) -> Overflow:
-    from tests.helpers.pipeline import build_engine, microbatches_of
+    from tests.helpers.pipeline import build_engine, microbatches_of, state_bytes
 
     engine = build_engine(case)
     before = state_bytes(engine)
     outcome = engine.train_step(microbatches_of(engine, case)).outcome
     engine.synchronise_parameters()
     return Overflow(updated=outcome.updated, is_unchanged=state_bytes(engine) == before)
-
-
-def state_bytes(engine: Any) -> list[bytes]:
-    tensors = [parameter.detach() for piece in engine.pieces for parameter in piece.parameters()]
-    for group in engine.optimizer.optimizer.param_groups:
-        tensors += [parameter.detach() for parameter in group["params"]]
-    for state in engine.optimizer.optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return [tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]
 
 
 # The generator alone overflows, on the first stage: the last one must hear of it. Its weight in FP16 would be beyond
@@ -174,7 +165,7 @@ def test_the_dynamic_scale_falls_alike_until_a_step_fits(pool: Pool) -> None:
 
 def evaluate_between_steps(case: Case) -> dict[str, Any]:
     """Two steps with validation between them, on the batches of the second, and two steps without."""
-    from tests.helpers.pipeline import build_engine, microbatches_of
+    from tests.helpers.pipeline import build_engine, microbatches_of, state_bytes
 
     def run(*, evaluates: bool) -> dict[str, Any]:
         engine = build_engine(case)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import load_plain_tensors
 
+from megatron_metro.checkpoint.start import find_start
 from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.presets_t5 import spactor_base
 from megatron_metro.config.schema import ParallelConfig, RunConfig
@@ -21,8 +22,9 @@ from megatron_metro.parallel.groups import ParallelGroups, reinitialise
 from megatron_metro.parallel.stage_plan import plan_layout
 from megatron_metro.tokenizer import load_tokenizer
 from megatron_metro.training.engine import Engine
-from megatron_metro.training.loop import Trainer, find_start, train_stages
+from megatron_metro.training.loop import Trainer, train_stages
 from megatron_metro.training.stages import list_stages
+from megatron_metro.training.supervision import Supervisor
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.markov import TOKENIZER, markov_run, write_source
 
@@ -73,9 +75,9 @@ def train_run(run: RunConfig) -> None:
     run = resolve(run, groups.world_size)
     require_training_inputs(run)
     tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
-    stages = list_stages(run, find_start(run.checkpoint))
+    stages = list_stages(run, find_start(run.checkpoint).iteration)
     loaders = [build_loaders(stage, tokenizer, groups.dp_rank, groups.dp_size) for stage in stages]
-    train_stages(run, list(zip(stages, loaders, strict=True)), device, groups, tokenizer)
+    train_stages(run, list(zip(stages, loaders, strict=True)), device, groups, tokenizer, Supervisor(run, groups))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -134,7 +136,9 @@ def test_the_second_stage_holds_what_a_t5_holds(
     )
     held, kept = {}, []
     for name, stage in (("first", first), ("second", second), ("plain", plain)):
-        trainer = Trainer(stage, device, groups, tokenizer, *build_loaders(stage, tokenizer, 0, 1))
+        trainer = Trainer(
+            stage, device, groups, tokenizer, *build_loaders(stage, tokenizer, 0, 1), Supervisor(stage, groups)
+        )
         trainer.fit()
         held[name] = count_bytes(trainer.engine)
         kept.append(weakref.ref(next(trainer.engine.pieces[0].parameters())))

@@ -1,6 +1,7 @@
 """Every layout goes on from what every other one saved: all pairs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,27 @@ SPACTOR = [
         Row(pp=2, vpp=2, single_precision=True),
     )
 ]
+# The same numbers of stages cut elsewhere: within the generator, the encoder, the decoder, between any two of them.
+CUTS = [
+    Row(pp=2, layout="Gg|gMeeRDddL"),
+    Row(pp=2, layout="GggMe|eRDddL"),
+    Row(pp=2, layout="GggMeeRDd|dL"),
+    Row(pp=2, vpp=2, layout="G|ggMee|RD|ddL"),
+    Row(pp=3, layout="GggM|eeRDd|dL"),
+    Row(pp=3, layout="Gg|gMee|RDddL"),
+    Row(pp=4, layout="Ggg|Mee|RDd|dL"),
+]
+SINGLE_CUTS = [replace(row, single_precision=True) for row in CUTS[:6]] + [
+    replace(CUTS[1], dp=2, distributed_optimizer=True, overlap=True)
+]
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("rows", [DOUBLE, SINGLE, SPACTOR], ids=["float64", "fp32", "spactor-fp32"])
+@pytest.mark.parametrize(
+    "rows",
+    [DOUBLE, SINGLE, SPACTOR, CUTS, SINGLE_CUTS],
+    ids=["float64", "fp32", "spactor-fp32", "cuts-float64", "cuts-fp32"],
+)
 def test_every_layout_goes_on_from_every_other(
     rows: list[Row], pool: Pool, groups: ParallelGroups, tmp_path: Path, record_property: Callable
 ) -> None:

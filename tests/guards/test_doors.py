@@ -22,6 +22,7 @@ DOORS = {
         "megatron_metro/checkpoint/",
         "megatron_metro/training/saving.py",
         "megatron_metro/training/loading.py",
+        "megatron_metro/training/verification.py",
     ),
     "transformer_engine": ("megatron_metro/model/specs.py",),
     "transformers": ("megatron_metro/conversion/", "tools/"),

@@ -27,6 +27,7 @@ from megatron_metro.tokenizer import NullTokenizer, load_tokenizer
 from megatron_metro.training.engine import Engine
 from megatron_metro.training.loop import Trainer
 from megatron_metro.training.reporting import METRICS_FILE
+from megatron_metro.training.supervision import Supervisor
 
 NUM_STATES = 64
 UNIGRAM_ENTROPY = log(NUM_STATES)
@@ -108,7 +109,7 @@ def train(
     require_training_inputs(run)
     tokenizer = load_tokenizer(run.tokenizer, run.model.vocab_size)
     train_loader, valid_loader = build_loaders(run, tokenizer, dp_rank=0, dp_size=1)
-    trainer = Trainer(run, device, groups, tokenizer, train_loader, valid_loader)
+    trainer = Trainer(run, device, groups, tokenizer, train_loader, valid_loader, Supervisor(run, groups))
     with mutate(trainer.engine) if mutate is not None else nullcontext():
         trainer.fit()
     assert run.checkpoint.save is not None

@@ -206,3 +206,12 @@ class _Held:
 
     def __del__(self) -> None:
         self._release()
+
+
+def state_bytes(engine: Any) -> list[bytes]:
+    tensors = [parameter.detach() for piece in engine.pieces for parameter in piece.parameters()]
+    for group in engine.optimizer.optimizer.param_groups:
+        tensors += [parameter.detach() for parameter in group["params"]]
+    for state in engine.optimizer.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return [tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]

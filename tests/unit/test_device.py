@@ -147,8 +147,8 @@ class TestMemory:
 
     def test_counts_follow_allocations(self, device: Device) -> None:
         before = device.memory_bytes()
-        block = torch.ones(16 * 2**20)  # 64 MiB, written and so resident
-        assert device.memory_bytes() - before > 32 * 2**20
+        block = torch.ones(64 * 2**20)  # 256 MiB, written and so resident; more than the heap has lying free
+        assert device.memory_bytes() - before > 128 * 2**20
         assert device.peak_memory_bytes() >= device.memory_bytes() - 2**20
         assert block[0] == 1.0
         device.reset_peak_memory()

@@ -196,3 +196,70 @@ def test_the_dump_is_dotted_sorted_and_complete():
     assert names == sorted(names, key=str.lower)
     assert set(names) == set(list_settings())
     assert "  hidden_size " + "." * 37 + " 64" in lines
+
+
+SAVED = {
+    **{name: setting.default for name, setting in list_settings().items()},
+    "hidden_size": 64,
+    "vocab_size": 300,
+    "encoder_seq_length": 128,
+    "decoder_seq_length": 128,
+    "tokenizer_model": "old.model",
+    "vocab_extra_ids": 64,
+    "lr": 0.5,
+}
+
+
+def read_with_checkpoint(words, saved, *, goes_on=True):
+    return read_run(words.split(), read_saved=lambda checkpoint: (saved, goes_on))
+
+
+def test_a_checkpoint_gives_architecture_tokenizer_and_lengths():
+    run = read_with_checkpoint("--load run --use-checkpoint-args --preset metro-base", SAVED)
+    assert (run.model.hidden_size, run.model.vocab_size, run.data.encoder_seq_length) == (64, 300, 128)
+    assert (run.tokenizer.tokenizer_model, run.tokenizer.vocab_extra_ids) == ("old.model", 64)
+    assert run.optimizer.lr == PRESETS["metro-base"]().optimizer.lr
+    assert read_with_checkpoint("--load run --preset metro-base", SAVED).model.hidden_size == 768
+    first_start = read_with_checkpoint("--load run --use-checkpoint-args --hidden-size 32", {})
+    assert first_start.model.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "saved"),
+    [
+        ("--hidden-size 32", "--hidden-size 32", "has 64"),
+        ("--seq-length 64", "--encoder-seq-length 64", "has 128"),
+        ("--vocab-extra-ids 32", "--vocab-extra-ids 32", "has 64"),
+        ("--num-layers 2", "--encoder-num-layers 2|--decoder-num-layers 2", "has 12"),
+    ],
+)
+def test_flags_that_contradict_the_checkpoint_are_named(words, flag, saved):
+    with pytest.raises(
+        ConfigError, match=rf"({flag}) contradicts --use-checkpoint-args, whose checkpoint {saved}; drop"
+    ):
+        read_with_checkpoint(f"--load run --use-checkpoint-args {words}", SAVED)
+
+
+def test_flags_that_agree_and_a_tokenizer_that_moved_are_taken():
+    run = read_with_checkpoint("--load run --use-checkpoint-args --hidden-size 64 --tokenizer-model new.model", SAVED)
+    assert (run.model.hidden_size, run.tokenizer.tokenizer_model) == (64, "new.model")
+
+
+def test_another_objective_brings_its_own_networks_and_target_length():
+    run = read_with_checkpoint("--load run --use-checkpoint-args --finetune --objective t5-span", SAVED)
+    assert (run.model.generator_num_layers, run.data.decoder_seq_length) == (0, None)
+
+
+def test_a_checkpoint_gives_the_schedule_whatever_the_flags_say():
+    words = "--load run --use-checkpoint-opt-param-scheduler --lr 0.25 --weight-decay 0.5 --adam-beta1 0.5"
+    found = read_with_checkpoint(words, SAVED).optimizer
+    assert (found.lr, found.weight_decay, found.adam_beta1) == (0.5, SAVED["weight_decay"], 0.5)
+    assert read_with_checkpoint(words, SAVED, goes_on=False).optimizer.lr == 0.25
+    assert read_with_checkpoint(words, {}, goes_on=False).optimizer.lr == 0.25
+
+
+def test_a_generator_that_spactor_has_dropped_does_not_contradict_its_flag():
+    words = "--load run --use-checkpoint-args --preset spactor-base"
+    saved = {**SAVED, "objective": "spactor", "generator_num_layers": 0}
+    assert read_with_checkpoint(f"{words} --generator-num-layers 3", saved).model.generator_num_layers == 3
+    assert read_with_checkpoint(words, saved).model.generator_num_layers == 0

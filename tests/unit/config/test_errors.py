@@ -10,12 +10,27 @@ from megatron_metro.config.errors import (
     ConfigError,
     DataError,
     MetroError,
+    NumericError,
+    OutOfMemoryError,
+    PeerError,
+    StoppedError,
     StorageError,
     UnsafeError,
     exit_on_error,
 )
 
-EXIT_CODES = {ConfigError: 64, DataError: 65, CheckpointError: 66, StorageError: 74, UnsafeError: 77, MetroError: 70}
+EXIT_CODES = {
+    ConfigError: 64,
+    DataError: 65,
+    CheckpointError: 66,
+    OutOfMemoryError: 71,
+    StorageError: 74,
+    StoppedError: 75,
+    NumericError: 76,
+    UnsafeError: 77,
+    PeerError: 78,
+    MetroError: 70,
+}
 
 
 @pytest.mark.parametrize("error", EXIT_CODES)
@@ -26,9 +41,11 @@ def test_an_error_becomes_one_line_and_an_exit_code(error, capsys):
     assert capsys.readouterr().err == "error: first second\n"
 
 
-def test_other_errors_pass():
-    with pytest.raises(KeyError), exit_on_error():
+def test_any_other_error_shows_where_it_is_and_has_its_own_exit_code(capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_error():
         raise KeyError("x")
+    assert stop.value.code == 70
+    assert capsys.readouterr().err.endswith("KeyError: 'x'\n")
 
 
 def test_an_interrupt_is_one_line_too(capsys):

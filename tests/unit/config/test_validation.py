@@ -190,9 +190,22 @@ BAD = [  # processes, words on top of metro-tiny, parts of the message
     (1, "--save-interval 10", ["--save-interval", "--save FOLDER"]),
     (1, "--no-save-optim", ["--no-save-optim", "--save"]),
     (1, "--ckpt-step 10", ["--ckpt-step", "--load"]),
+    (1, "--async-save", ["--async-save needs --save"]),
+    (1, "--keep-last 2", ["--keep-last needs --save"]),
+    (1, "--save-retain-interval 20", ["--save-retain-interval needs --save"]),
+    (1, "--skip-damaged-checkpoints", ["--skip-damaged-checkpoints needs --load"]),
+    (1, "--save x --save-interval 10 --save-retain-interval 25", ["--save-retain-interval 25", "give 20 or 30"]),
     (1, "--finetune", ["--finetune", "--load"]),
     (1, "--no-load-optim", ["--no-load-optim", "--load"]),
     (1, "--exit-on-missing-checkpoint", ["--exit-on-missing-checkpoint", "--load"]),
+    (1, "--no-load-rng", ["--no-load-rng", "--load"]),
+    (1, "--use-checkpoint-args", ["--use-checkpoint-args", "--load"]),
+    (1, "--override-data", ["--override-data", "--load"]),
+    (
+        1,
+        "--load run --override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
+        ["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"],
+    ),
 ]
 
 

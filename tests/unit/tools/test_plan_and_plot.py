@@ -47,6 +47,14 @@ def test_a_bad_layout_is_one_line_with_the_nearest_legal_one():
     )
 
 
+def test_steps_of_a_budget():
+    metro = ("--preset", "metro-base", "--global-batch-size", 2048)
+    steps = [int(_run("plan", "--flops", flops, *metro).stdout) for flops in ("1e19", "2e19")]
+    assert steps[0] > 1 and steps[1] in (2 * steps[0], 2 * steps[0] + 1)
+    neither = _run("plan", *metro)
+    assert neither.returncode == 64 and "give it, or --flops" in neither.stderr
+
+
 def test_plot_run(tmp_path):
     lines = [json.dumps({"iteration": i, "split": "train", "lm_loss": 1 / i}) for i in range(1, 5)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -56,3 +64,13 @@ def test_plot_run(tmp_path):
     missing = _run("plot_run", tmp_path / "none", "--output", tmp_path / "none.png")
     assert missing.returncode == 65 and missing.stderr.count("\n") == 1
     assert not (tmp_path / "none.png").exists()
+
+
+def test_plot_run_of_seeds(tmp_path):
+    for seed, loss in ((1, 2.0), (2, 4.0)):
+        (tmp_path / "metro" / f"seed{seed}").mkdir(parents=True)
+        line = json.dumps({"iteration": 1, "split": "validation", "lm_loss": loss})
+        (tmp_path / "metro" / f"seed{seed}" / "metrics.jsonl").write_text(line + "\n")
+    result = _run("plot_run", tmp_path / "metro", "--table", "--output", tmp_path / "curves.png")
+    assert result.returncode == 0, result.stderr
+    assert "/metro | 2 | 3.000 ± 1.414 |" in result.stdout

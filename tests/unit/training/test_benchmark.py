@@ -11,7 +11,7 @@ from megatron_metro.analysis.cost import MessageFormat, unit_costs
 from megatron_metro.config.chain import build_chain
 from megatron_metro.config.lengths import static_lengths
 from megatron_metro.parallel.layout import format_units
-from megatron_metro.training import benchmark, benchmark_data, benchmark_pipeline
+from megatron_metro.training import benchmark, benchmark_checkpoint, benchmark_data, benchmark_pipeline
 from megatron_metro.training.benchmark import Timing, Workload
 from tests.helpers.hf_metro import HfMetro, label_batch
 
@@ -148,3 +148,13 @@ def test_data_rates_come_with_a_peer(tmp_path, monkeypatch):
         for figure in ("", "small_call_", "loader_")
     ]
     assert min(rates) > 0 and result["loader_wait_percent"] > 0 and result["preprocess_tokens_per_cpu_second"] > 0
+
+
+def test_the_checkpoint_benchmark_times_a_save_with_and_without_hashes(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_checkpoint, "TENSOR_SHAPE", (16, 16))
+    result = benchmark_checkpoint.measure_checkpoint(tmp_path, 1, 0, lambda line: None)
+    assert json.loads(json.dumps(result))["file_bytes"] > 32 * 1024
+    assert result["verify_gb_per_core_second"] > 0 and result["hashing_share_of_save"] < 1
+    assert min(result["save_seconds"].values()) > 0 and result["background_blocks_seconds"] > 0
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert written["plain"] == written["hashed"] == written["shard"]
