@@ -105,7 +105,7 @@ def test_a_slow_rank_is_named_and_changes_nothing(jobs: Jobs, calm: dict[int, tu
     slow = jobs.start("--train-iters", 9, fault="data:1:1:slow")
     end = slow.finish()
     assert end.codes == [0, 0]
-    assert end.ranks[1].out.count("WARNING: rank 1 is slow") == 1
+    assert "WARNING: rank 1 is slow" in end.ranks[1].out
     assert "rank 0 is slow" not in end.ranks[1].out
     assert read_losses(slow.save) == calm
 
