@@ -42,7 +42,8 @@ class DroppingLinear(RowParallelLinear):
         """[s, b, this rank's share of the width] to [s, b, h]."""
         rate = self.config.hidden_dropout if self.training else 0.0
         with split_dropout_rng(self.config, rate):
-            return super().forward(functional.dropout(input_, rate))  # type: ignore[no-any-return]
+            output: tuple[Tensor, Tensor | None] = super().forward(functional.dropout(input_, rate))
+        return output
 
 
 def split_dropout_rng(config: TransformerConfig, rate: float) -> AbstractContextManager[None]:
@@ -52,4 +53,5 @@ def split_dropout_rng(config: TransformerConfig, rate: float) -> AbstractContext
     """
     if rate == 0.0 or config.sequence_parallel:
         return nullcontext()
-    return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
+    fork: AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+    return fork

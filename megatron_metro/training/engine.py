@@ -108,8 +108,8 @@ class Engine:
         """Metrics over all batches together: summed terms over summed counts.
 
         Ends early when a rank wants to stop. Where a generator corrupts the input of a text-to-text objective
-        (SPACTOR), its loss on the input as it was,
-        "clean lm loss", stands beside the one on replaced tokens (the paper's figure 4).
+        (SPACTOR), its loss on the input as it was, "clean lm loss", stands beside the one on replaced tokens (the
+        paper's figure 4).
         """
         for chunk in self.chunks:
             chunk.eval()

@@ -16,6 +16,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ class _Step:
         if expendable:
             verify_on_all(self.final)
             for former in expendable:
-                on_first_rank(lambda former=former: delete_step(former))  # type: ignore[misc]
+                on_first_rank(partial(delete_step, former))
 
     def _publish(self, parts: Sequence[tuple[str, WrittenFile | None, list[WriteResult]]]) -> None:
         self._plan.write_description([results for _, _, results in parts])

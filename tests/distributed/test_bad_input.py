@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,12 +25,6 @@ SMALL = (
     "--eval-iters", 0,
 )  # fmt: skip
 JOIN_SECONDS = 60.0
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToolServer]:
-    with ToolServer(tmp_path_factory.mktemp("runs")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,9 @@ def kill_points(
         yield from ((rank, index) for index in range(found.num_operations))
 
 
-def kill_once(server: CrashServer, saved: Path, folder: Path, scenario: str, rank: int, index: int, **options) -> None:
+def assert_kill_survived(
+    server: CrashServer, saved: Path, folder: Path, scenario: str, rank: int, index: int, **options
+) -> None:
     start, end = prepare(scenario, saved, folder)
     before = read_steps(folder)
     ends = server.run(folder=str(folder), start=start, end=end, kill_rank=rank, kill_at=index, **options)
@@ -90,9 +92,9 @@ def test_kills_of_a_real_save(server, saved, tmp_path):
     points = list(kill_points(server, saved, tmp_path / "counted", "leftover"))
     assert len(points) >= 20 and {rank for rank, _ in points} == {0, 1}
     for number, (rank, index) in enumerate([*points[4:-2:9], points[-2], points[-1]]):
-        kill_once(server, saved, tmp_path / "run", "leftover", rank, index, kills_group=number % 2 == 0)
-    kill_once(server, saved, tmp_path / "run", "rollback", 0, 0)
-    kill_once(server, saved, tmp_path / "run", "fresh", 0, 12)
+        assert_kill_survived(server, saved, tmp_path / "run", "leftover", rank, index, kills_group=number % 2 == 0)
+    assert_kill_survived(server, saved, tmp_path / "run", "rollback", 0, 0)
+    assert_kill_survived(server, saved, tmp_path / "run", "fresh", 0, 12)
 
 
 @pytest.mark.full
@@ -104,8 +106,11 @@ def test_every_kill_of_a_real_save(server, saved, tmp_path, record_property, lay
         options = {"layout": layout, "is_async": is_async}
         for rank, index in kill_points(server, saved, tmp_path / scenario, scenario, **options):
             kills_group = (rank + index) % 2 == 0
-            kill_once(server, saved, tmp_path / "run", scenario, rank, index, kills_group=kills_group, **options)
+            assert_kill_survived(
+                server, saved, tmp_path / "run", scenario, rank, index, kills_group=kills_group, **options
+            )
             num_points += 1
+    assert num_points >= 38, "eight kinds of saves make three hundred points"
     record_property(f"kill points of a real save, {layout}, {'async' if is_async else 'sync'}", num_points)
 
 
@@ -145,11 +150,11 @@ def test_killed_writers_are_noticed(server, saved, tmp_path, record_property):
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_a_disk_that_fills_up(server, saved, tmp_path, is_async):
-    fill_a_disk(server, tmp_path, 0.6, is_async=is_async)
+def test_a_disk_that_fills_up(server, tmp_path, is_async):
+    assert_full_disk_refused(server, tmp_path, 0.6, is_async=is_async)
 
 
-def fill_a_disk(server: CrashServer, tmp_path: Path, share: float, *, is_async: bool) -> None:
+def assert_full_disk_refused(server: CrashServer, tmp_path: Path, share: float, *, is_async: bool) -> None:
     """A file system with room for a share of the step; nothing was saved before, nothing is left."""
     whole, small = tmp_path / "whole", tmp_path / "small"
     for folder in (whole, small):
@@ -169,7 +174,7 @@ def fill_a_disk(server: CrashServer, tmp_path: Path, share: float, *, is_async: 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.8, 0.99])
 def test_disks_that_fill_up(server, tmp_path, record_property, share, is_async):
-    fill_a_disk(server, tmp_path, share, is_async=is_async)
+    assert_full_disk_refused(server, tmp_path, share, is_async=is_async)
     record_property(f"disk full at {share:.0%} of a save", "refused")
 
 

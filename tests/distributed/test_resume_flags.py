@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ from tests.helpers.exact import read_metrics
 from tests.helpers.tool_server import ToolRun, ToolServer
 
 RUN = (*SMALL, "--global-batch-size", "none", "--train-iters", 6, "--save-interval", 2, "--log-interval", 1)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToolServer]:
-    with ToolServer(tmp_path_factory.mktemp("runs")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

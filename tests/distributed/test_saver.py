@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,7 +19,6 @@ from megatron_metro.config.schema import CheckpointConfig, ParallelConfig
 from megatron_metro.training.saving import Saver
 from tests.distributed.test_checkpoint import BF16, DP2_DISTRIBUTED, FP32, PP2, TP2, Run
 from tests.helpers.corpus import build_corpus
-from tests.helpers.tool_server import ToolServer
 
 
 class SavedRun(Run):
@@ -143,12 +141,6 @@ SMALL = (
     "--preset", "metro-tiny", "--vocab-extra-ids", 64, "--encoder-seq-length", 32, "--lr-warmup-iters", 0,
     "--lr-decay-iters", 10**6, "--eval-iters", 0, "--log-interval", 1,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToolServer]:
-    with ToolServer(tmp_path_factory.mktemp("runs")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

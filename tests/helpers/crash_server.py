@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -21,7 +20,7 @@ import psutil
 
 from tests.helpers.distributed import free_port
 from tests.helpers.file_operations import kill_at, kill_self
-from tests.helpers.repository import ROOT
+from tests.helpers.line_server import LineServer
 
 TIMEOUT_SECONDS = 60.0
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
@@ -56,33 +55,15 @@ class RankEnd:
     seconds: float = 0.0  # from the start of the save to its end, however it ended
 
 
-class CrashServer:
+class CrashServer(LineServer):
     """Runs jobs; use it as a context."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.crash_server"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> "CrashServer":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=TIMEOUT_SECONDS)
+        super().__init__("tests.helpers.crash_server", TIMEOUT_SECONDS)
 
     def run(self, **job: Any) -> list[RankEnd]:
         """Both ranks' ends; all processes of the job are gone."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asdict(Job(**job))) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
+        answer = self.ask(asdict(Job(**job)))
         assert answer["left"] == [], "processes outlived their job"
         return [RankEnd(**end) for end in answer["ends"]]
 

@@ -9,7 +9,6 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.line_server import LineServer
 from tests.helpers.repository import ROOT
 
 GROUP_STARTED = 99  # exit code of a child that started a process group where none was to be started
@@ -58,36 +58,13 @@ class StartedTool:
         return ToolRun(code=code, out=out, err=err)
 
 
-class ToolServer:
+class ToolServer(LineServer):
     """Starts commands; use it as a context."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__("tests.helpers.tool_server", TIMEOUT_SECONDS)
         self._folder = folder
         self._count = 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.tool_server"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> "ToolServer":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=TIMEOUT_SECONDS)
-
-    def ask(self, request: dict) -> int | None:
-        """One request, one answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: int | None = json.loads(self._process.stdout.readline())
-        return answer
 
     def start(
         self, tool: str, *flags: object, environment: dict[str, str] | None = None, may_start_groups: bool = True

@@ -14,6 +14,7 @@ from megatron_metro.model.transformer_config import parameter_dtype
 from megatron_metro.parallel.groups import ParallelGroups
 from megatron_metro.parallel.layout import single_piece
 from tests.helpers.mutations import replaced_attribute
+from tests.parity.test_t5_sizes import PUBLISHED
 
 COUNTS = {
     "metro-tiny": 606_529,  # with 1,024 rows of vocabulary
@@ -23,16 +24,7 @@ COUNTS = {
     "metro-xl": 3_370_046_465,
     "t5-metro-base": 225_618_432,
     "t5-metro-base++": 249_604_608,
-    "t5-small": 60_506_624,
-    "t5-base": 222_903_552,
-    "t5-large": 737_668_096,
-    "t5-3b": 2_851_598_336,
-    "t5-11b": 11_307_321_344,
-    "t5-v1.1-small": 76_961_152,
-    "t5-v1.1-base": 247_577_856,
-    "t5-v1.1-large": 783_150_080,
-    "t5-v1.1-xl": 2_849_757_184,
-    "t5-v1.1-xxl": 11_135_332_352,
+    **PUBLISHED,
     "spactor-base": 265_711_361,
     "spactor-large": 825_147_265,
 }

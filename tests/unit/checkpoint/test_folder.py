@@ -163,6 +163,7 @@ def test_leftovers_are_cleared_by_the_next_save_and_nothing_else(tmp_path):
 
 def test_discarding_what_is_gone(tmp_path):
     discard(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_would_meet_existing_steps_does_not_start(tmp_path):
