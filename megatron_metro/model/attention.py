@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_metro.model.dense import split_dropout_rng
+from megatron_metro.model.past import OwnPast, SourcePast
 
 
 class BiasedAttention(MegatronModule):
@@ -59,7 +60,8 @@ class BiasedAttention(MegatronModule):
         """[s, b, n, d] queries and [k, b, n, d] keys and values to [s, b, n*d].
 
         `attention_mask` is bool, True where a key must be ignored: [b, 1, 1, k] for padding, or [b, 1, s, k] for
-        queries at slots, which it then makes causal too. `attention_bias` is [1 or b, n, s, k].
+        queries at slots, which it then makes causal too. `attention_bias` is [1 or b, n, s, k]. A single query is the
+        last position: nothing is in its future.
         """
         if self.recompute_scores and self.training:
             return tensor_parallel.checkpoint(self._attend, False, query, key, value, attention_mask, attention_bias)
@@ -80,7 +82,7 @@ class BiasedAttention(MegatronModule):
                     value,
                     attn_mask=mask,
                     dropout_p=dropout,
-                    is_causal=self.is_causal and mask is None,
+                    is_causal=self.is_causal and mask is None and s > 1,
                     scale=self.scale,
                 )
             else:
@@ -95,7 +97,7 @@ class BiasedAttention(MegatronModule):
         rows = bias.to(query.dtype).expand(b, n, s, k).reshape(b * n, s, k)
         scores = torch.baddbmm(rows, query, key.transpose(1, 2), alpha=self.scale)
         allowed = self._allowed(mask, s, k)
-        if allowed is None and self.is_causal:
+        if allowed is None and self.is_causal and s > 1:
             allowed = torch.ones(s, k, dtype=torch.bool, device=scores.device).tril()
         if allowed is not None:
             scores = scores.view(b, n, s, k).masked_fill(~allowed, float("-inf")).view(b * n, s, k)
@@ -149,20 +151,53 @@ class QkvLinear(ColumnParallelLinear):
 
 
 class SlotSelfAttention(SelfAttention):
-    """Self-attention whose queries may stand at a few slots of the sequence: `key_value_states` is the whole of it."""
+    """Self-attention whose queries may stand at a few slots of the sequence: `key_value_states` is the whole of it.
+
+    Or it is what the positions before these have left; then the queries stand at new positions after them.
+    """
 
     def get_query_key_value_tensors(
         self,
         hidden_states: Tensor,
-        key_value_states: Tensor | None = None,
+        key_value_states: Tensor | OwnPast | None = None,
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> tuple[Tensor, ...]:
         """[m, b, h] queries' states and [s, b, h] of the sequence to [m, b, n, d] and twice [s, b, n, d]."""
         if key_value_states is None:
             return super().get_query_key_value_tensors(hidden_states, None, output_gate, split_qkv)
+        if isinstance(key_value_states, OwnPast):
+            query, key, value = super().get_query_key_value_tensors(hidden_states, None, output_gate, split_qkv)
+            return query, *key_value_states.append(key, value)
         head_size = self.hidden_size_per_attention_head
         query, _ = self.linear_qkv(hidden_states, part="query")
         key_value, _ = self.linear_qkv(key_value_states, part="key_value")
         key, value = key_value.unflatten(-1, (-1, 2 * head_size)).chunk(2, dim=-1)
         return query.unflatten(-1, (-1, head_size)), key, value
+
+
+class SourceAttention(CrossAttention):
+    """Cross-attention that can project the encoder's output once and attend to it many times."""
+
+    def remember(self, context_SBH: Tensor) -> SourcePast:
+        """[s, b, h] encoder output to its keys and values, [s, b, n, d] each."""
+        key_value, _ = self.linear_kv(context_SBH)
+        key, value = key_value.unflatten(-1, (-1, 2 * self.hidden_size_per_attention_head)).chunk(2, dim=-1)
+        return SourcePast(key.contiguous(), value.contiguous())  # read once per token
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | SourcePast | None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[t, b, h] queries' states and [s, b, h] of the encoder to [t, b, n, d] and twice [s, b, n, d]."""
+        if not isinstance(key_value_states, SourcePast):
+            query, key, value = super().get_query_key_value_tensors(
+                hidden_states, key_value_states, output_gate, split_qkv
+            )
+            return query, key, value
+        query, _ = self.linear_q(hidden_states)
+        query = query.unflatten(-1, (-1, self.hidden_size_per_attention_head))
+        return query, key_value_states.key, key_value_states.value

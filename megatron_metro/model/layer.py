@@ -16,10 +16,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_metro.model.past import LayerPast
 from megatron_metro.model.slots import shorten_to_slots
 from megatron_metro.model.specs import LayerSpec
 
 SublayerOutput = tuple[Tensor, Tensor | None]  # megatron-core returns a linear's output and its bias apart
+Sublayer = Callable[[Tensor], SublayerOutput]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,12 +111,39 @@ class TransformerLayer(MegatronModule):
         def cross_attend(x: Tensor) -> SublayerOutput:
             return self.cross_attention(x, context_mask, key_value_states=context)
 
-        hidden_SBH = self._residual(hidden_SBH, self.self_attention_norm, attend)
-        if self.plan.is_decoder:
-            hidden_SBH = self._residual(hidden_SBH, self.cross_attention_norm, cross_attend)
-        return self._residual(hidden_SBH, self.mlp_norm, self.mlp)
+        return self._chain(hidden_SBH, attend, cross_attend)
 
-    def _residual(self, hidden: Tensor, norm: MegatronModule, sublayer: Callable[[Tensor], SublayerOutput]) -> Tensor:
+    def remember(self, context_SBH: Tensor) -> LayerPast:
+        """What a decoder layer knows before the first token is written: [s, b, h] encoder output, projected."""
+        return LayerPast(source=self.cross_attention.remember(context_SBH))
+
+    def write(self, hidden_TRH: Tensor, past: LayerPast, bias: Tensor | None, source_mask: Tensor | None) -> Tensor:
+        """[t, r, h] to [t, r, h] at new positions: several at the beginning, later one at a time; `past` grows.
+
+        The rows of a source stand side by side (beams, choices). Cross-attention has no order of queries, so to it they
+        are further positions of one sequence, and its keys are neither copied nor read for each of them.
+        """
+        t, r, h = hidden_TRH.shape
+        assert t == 1 or past.own.length == 0, "several positions at once would need a causal mask of their own"
+        b = past.source.key.shape[1]
+
+        def attend(x: Tensor) -> SublayerOutput:
+            return self.self_attention(x, None, key_value_states=past.own, attention_bias=bias)
+
+        def cross_attend(x: Tensor) -> SublayerOutput:
+            queries = x.view(t, b, r // b, h).transpose(1, 2).reshape(-1, b, h)
+            output, output_bias = self.cross_attention(queries, source_mask, key_value_states=past.source)
+            return output.view(t, r // b, b, h).transpose(1, 2).reshape(t, r, h), output_bias
+
+        return self._chain(hidden_TRH, attend, cross_attend)
+
+    def _chain(self, hidden: Tensor, attend: Sublayer, cross_attend: Sublayer) -> Tensor:
+        hidden = self._residual(hidden, self.self_attention_norm, attend)
+        if self.plan.is_decoder:
+            hidden = self._residual(hidden, self.cross_attention_norm, cross_attend)
+        return self._residual(hidden, self.mlp_norm, self.mlp)
+
+    def _residual(self, hidden: Tensor, norm: MegatronModule, sublayer: Sublayer) -> Tensor:
         output, bias = sublayer(hidden if self.plan.is_post_norm else norm(hidden))
         if bias is not None:
             output = output + bias

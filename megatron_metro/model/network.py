@@ -20,6 +20,7 @@ from megatron_metro.config.network_sizes import has_projected_embedding
 from megatron_metro.config.schema import ModelConfig
 from megatron_metro.model.dense import Dense
 from megatron_metro.model.layer import AttentionInputs, LayerPlan, TransformerLayer
+from megatron_metro.model.past import LayerPast, WritingState
 from megatron_metro.model.relative_bias import RelativeBias
 from megatron_metro.model.specs import LayerSpec
 from megatron_metro.parallel.groups import ProcessGroup
@@ -69,10 +70,14 @@ class PositionEmbeddings(MegatronModule):
         self.weight = Parameter(torch.empty(rows, model.hidden_size, device=device, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, length: int, padding: Tensor | None) -> Tensor:
-        """Rows for [s] or, with padding (bool [b, length], True at pad), for [s, b]: [s, 1 or b, h]."""
+    def forward(self, length: int, padding: Tensor | None, start: int = 0) -> Tensor:
+        """Rows for [s] or, with padding (bool [b, length], True at pad), for [s, b]: [s, 1 or b, h].
+
+        Without padding the first position may be another than 0.
+        """
         if padding is None:
-            rows = torch.arange(FIRST_POSITION_ROW, FIRST_POSITION_ROW + length, device=self.weight.device)[:, None]
+            first = FIRST_POSITION_ROW + start
+            rows = torch.arange(first, first + length, device=self.weight.device)[:, None]
         else:
             real = (~padding).t()
             counted = real.cumsum(0) + (FIRST_POSITION_ROW - 1)
@@ -126,14 +131,14 @@ class NetworkShare(MegatronModule):
             layer.relative_bias = RelativeBias(self.config, model, is_decoder=self.is_decoder, tp_group=collection.tp)
         return layer
 
-    def embed(self, words_SBH: Tensor, length: int, padding: Tensor | None, dropout: float) -> Tensor:
-        """Word embeddings to the network's input: add positions, norm, dropout (reference section 1.2).
+    def embed(self, words_SBH: Tensor, length: int, padding: Tensor | None, dropout: float, start: int = 0) -> Tensor:
+        """Word embeddings to the network's input: add positions from `start` on, norm, dropout (reference section 1.2).
 
         Rows at padding become zero in generator and encoder, as in the reference; a decoder has no padding here.
         """
         hidden = words_SBH
         if hasattr(self, "position_embeddings"):
-            hidden = hidden + self.position_embeddings(length, padding)
+            hidden = hidden + self.position_embeddings(length, padding, start)
         if hasattr(self, "embedding_norm"):
             hidden = self.embedding_norm(hidden)
         with self.dropout_rng():
@@ -172,6 +177,21 @@ class NetworkShare(MegatronModule):
             inputs = inputs.at_slots(inputs.slots, length, is_causal=self.is_decoder)
         with self.dropout_rng():
             return layer(hidden_SBH, inputs)
+
+    def remember(self, context_SBH: Tensor) -> dict[int, LayerPast]:
+        """What the decoder's layers know before the first token, by their numbers: the encoder's output, projected."""
+        return {number: self.layers[number].remember(context_SBH) for number in self.plan.layers}
+
+    def write_layers(self, hidden_TRH: Tensor, state: WritingState) -> Tensor:
+        """[t, r, h] to [t, r, h]: the decoder's layers at new positions (dropout is off)."""
+        span = (hidden_TRH.shape[0], state.length + hidden_TRH.shape[0], state.length)
+        bias = self.relative_bias(*span) if hasattr(self, "relative_bias") else None
+        for number, past in state.layers.items():
+            layer = self.layers[number]
+            if self.has_bias_per_layer:
+                bias = layer.relative_bias(*span)
+            hidden_TRH = layer.write(hidden_TRH, past, bias, state.source_mask)
+        return hidden_TRH
 
     def dropout_rng(self) -> AbstractContextManager[None]:
         """Under sequence parallelism ranks hold different rows, so each draws its own dropout."""

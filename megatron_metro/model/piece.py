@@ -20,8 +20,9 @@ from megatron_metro.losses.copying import mix_losses
 from megatron_metro.losses.step import StepLosses
 from megatron_metro.model.layer import AttentionInputs
 from megatron_metro.model.network import NetworkShare
-from megatron_metro.model.piece_modules import PieceContext, PieceModules
+from megatron_metro.model.piece_modules import PieceContext
 from megatron_metro.model.slots import fill_slots, mark_real_positions
+from megatron_metro.model.writing import WritingPiece
 from megatron_metro.parallel import vocab_ops
 from megatron_metro.parallel.boundary import BoundaryPayload, pack, unpack
 
@@ -36,7 +37,7 @@ class _Running:
     is_short: bool = False  # hidden states stand at the slots of the head that follows, not at all positions
 
 
-class ChainPiece(PieceModules):
+class ChainPiece(WritingPiece):
     """Generator, encoder and decoder as far as this piece holds them, with the heads in between."""
 
     def __init__(

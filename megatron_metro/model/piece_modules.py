@@ -131,8 +131,10 @@ class PieceModules(MegatronModule):
         length = shape.decoder_length if network == "decoder" else shape.encoder_length
         return share.stack_bias(length) if share is not None else None
 
-    def _embed(self, share: NetworkShare, tokens_BS: Tensor, padding: Tensor | None, dropout: float) -> Tensor:
-        return share.embed(self.word_embeddings(tokens_BS), tokens_BS.shape[1], padding, dropout)
+    def _embed(
+        self, share: NetworkShare, tokens_BS: Tensor, padding: Tensor | None, dropout: float, start: int = 0
+    ) -> Tensor:
+        return share.embed(self.word_embeddings(tokens_BS), tokens_BS.shape[1], padding, dropout, start)
 
     def _build_share(self, network: Network) -> NetworkShare | None:
         kinds = {unit.kind for unit in self.units}

@@ -80,11 +80,15 @@ class RelativeBias(MegatronModule):
         )
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
 
-    def forward(self, query_length: int, key_length: int) -> Tensor:
-        """The bias [1, n, q, k] to add to the scaled scores, in the dtype of the table; a new graph on every call."""
+    def forward(self, query_length: int, key_length: int, first_query: int = 0) -> Tensor:
+        """The bias [1, n, q, k] to add to the scaled scores, in the dtype of the table; a new graph on every call.
+
+        Queries stand at positions from `first_query` on, keys at positions from 0 on.
+        """
         num_buckets = self.weight.shape[0]
+        distances = range(1 - query_length - first_query, key_length - first_query)
         buckets_L = _buckets_of_all_distances(
-            self.kind, num_buckets, self.max_distance, self.is_decoder, query_length, key_length, self.weight.device
+            self.kind, num_buckets, self.max_distance, self.is_decoder, distances, self.weight.device
         )
         values_NL = functional.embedding(buckets_L, self.weight).t()
         return expand_diagonals(values_NL, query_length, key_length)[None]
@@ -119,12 +123,11 @@ def _buckets_of_all_distances(
     num_buckets: int,
     max_distance: int,
     is_decoder: bool,
-    query_length: int,
-    key_length: int,
+    all_distances: range,
     device: torch.device,
 ) -> Tensor:
     # Computed on the CPU, so that every device puts a distance at the edge of a bucket into the same one.
-    distances = torch.arange(1 - query_length, key_length, device=torch.device("cpu"))
+    distances = torch.arange(all_distances.start, all_distances.stop, device=torch.device("cpu"))
     if kind == "metro":
         buckets = metro_buckets(distances, num_buckets, max_distance)
     else:

@@ -4,15 +4,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import (
-    CrossAttention,
-    CrossAttentionSubmodules,
-    SelfAttentionSubmodules,
-)
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_metro.model.attention import BiasedAttention, QkvLinear, SlotSelfAttention
+from megatron_metro.model.attention import BiasedAttention, QkvLinear, SlotSelfAttention, SourceAttention
 from megatron_metro.model.dense import DroppingLinear
 from megatron_metro.model.norm import Norm
 
@@ -39,7 +35,7 @@ def local_spec(recompute_scores: bool, drops_activations: bool) -> LayerSpec:
             ),
         ),
         cross_attention=ModuleSpec(
-            module=CrossAttention,
+            module=SourceAttention,
             submodules=CrossAttentionSubmodules(
                 linear_q=ColumnParallelLinear,
                 linear_kv=ColumnParallelLinear,

@@ -1,4 +1,4 @@
-"""Operations on logits whose vocabulary is sharded over tensor-parallel ranks: cross-entropy, sampling, argmax.
+"""Operations on logits whose vocabulary is sharded over tensor-parallel ranks: cross-entropy, sampling, the largest.
 
 All of them read the same few numbers per row, the maximum and the sum of exponentials of every 128-wide chunk of the
 vocabulary. `measure` gets these in one pass over the logits and one all-gather; the chunks lie on a grid that does not
@@ -176,6 +176,28 @@ def argmax(logits_NV: Tensor, shard: VocabShard) -> Tensor:
     chunk_max_NC = _padded_chunks(_chunk_maxima(logits_NV, shard), shard, _MINUS_INFINITY)
     best_RN1, best_id_RN1 = _all_gather(_best_token(logits_NV, chunk_max_NC, shard), shard)
     return _pick(best_id_RN1.squeeze(2), best_RN1.squeeze(2).argmax(dim=0)).long()
+
+
+def largest(logits_NV: Tensor, shard: VocabShard, count: int) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row in falling order, and their ids: [N, count] each, equal on all ranks.
+
+    Where logits tie, the smaller id comes first. FP32, or FP64 for FP64 logits; fewer than `count` columns where the
+    vocabulary is smaller. One all-gather.
+    """
+    logits_NV = logits_NV.detach()
+    max_NC = _padded_chunks(_chunk_maxima(logits_NV, shard), shard, _MINUS_INFINITY)
+    # As many tokens come before any token outside of the first `count` chunks, in order of their maxima, as are wanted.
+    chunks = max_NC.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+    within_K = torch.arange(CHUNK_SIZE, device=logits_NV.device)
+    ids_NI = (chunks[..., None] * CHUNK_SIZE + within_K).flatten(1)
+    values_NI = logits_NV.gather(1, ids_NI).to(_compute_dtype(logits_NV))
+    values_NI = values_NI.masked_fill(ids_NI >= shard.num_real_columns, _MINUS_INFINITY)
+    best, order = (part[:, :count] for part in values_NI.sort(dim=1, descending=True, stable=True))
+    ids = (ids_NI.gather(1, order) + shard.first).to(best.dtype)  # exact: ids are below 2^24
+    gathered, gathered_ids = (part.transpose(0, 1).flatten(1) for part in _all_gather([best, ids], shard))
+    count = min(count, shard.vocab_size)
+    best, order = (part[:, :count] for part in gathered.sort(dim=1, descending=True, stable=True))
+    return best, gathered_ids.gather(1, order).long()
 
 
 class _CrossEntropy(torch.autograd.Function):

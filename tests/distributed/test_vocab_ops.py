@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_metro.parallel.vocab_ops import VocabShard, argmax, cross_entropy, measure, sample
+from megatron_metro.parallel.vocab_ops import VocabShard, argmax, cross_entropy, largest, measure, sample
 
 NUM_ROWS = 64
 EXCLUDED = (1, 700)
@@ -27,7 +27,7 @@ def make_case(vocab_size: int, padded_size: int, dtype: torch.dtype) -> tuple[to
 
 
 def compute(shard: VocabShard, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Losses, this rank's columns of the gradient, sampled ids (two ways) and argmax (two ways)."""
+    """Losses, this rank's columns of the gradient, sampled ids (two ways), argmax (two ways) and the largest."""
     logits, targets, uniforms = make_case(shard.vocab_size, shard.padded_size, dtype)
     local = logits[:, shard.first : shard.first + shard.num_columns].clone().requires_grad_()
     statistics = measure(local, shard, targets_N=targets, excluded_ids=EXCLUDED)
@@ -38,7 +38,7 @@ def compute(shard: VocabShard, dtype: torch.dtype) -> list[torch.Tensor]:
     assert torch.equal(ids, sample(local, uniforms, shard, EXCLUDED))
     best = argmax(local, shard)
     assert torch.equal(best, statistics.argmax_N)
-    return [losses.detach(), local.grad, ids, best]
+    return [losses.detach(), local.grad, ids, best, *largest(local, shard, 9), *largest(local, shard, 700)]
 
 
 def compute_on_worker(cases: list[tuple[int, int]], dtypes: list[torch.dtype]) -> list[list[torch.Tensor]]:
@@ -53,11 +53,12 @@ def test_every_number_of_ranks_agrees_with_one(size, pool):
     cases, dtypes = [(1024, 1024), (1000, 1024), (1001, 2048)], [torch.float64, torch.float32, torch.bfloat16]
     answers = pool(size).run(compute_on_worker, cases, dtypes)
     for i, (case, dtype) in enumerate([(c, d) for c in cases for d in dtypes]):
-        losses, gradient, ids, best = compute(VocabShard(vocab_size=case[0], padded_size=case[1]), dtype)
+        losses, gradient, ids, best, *ordered = compute(VocabShard(vocab_size=case[0], padded_size=case[1]), dtype)
         for answer in answers:
             assert torch.equal(answer[i][0], losses)
             assert torch.equal(answer[i][2], ids)
             assert torch.equal(answer[i][3], best)
+            assert all(torch.equal(a, b) for a, b in zip(answer[i][4:], ordered, strict=True))
         joined = torch.cat([answer[i][1] for answer in answers], dim=1)
         tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
         assert torch.allclose(joined.double(), gradient.double(), rtol=0, atol=tolerance)

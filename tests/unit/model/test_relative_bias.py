@@ -86,6 +86,14 @@ def test_module_reads_its_table_by_bucket(groups, kind, is_decoder):
     assert torch.allclose(mine, plain, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("kind", "is_decoder"), [("metro", False), ("metro", True), ("t5", True)])
+def test_later_queries_read_the_rows_they_have_in_the_whole(groups, kind, is_decoder):
+    module = make_bias(groups, is_decoder, relative_attention_bucket=kind)
+    whole = module(200, 200)
+    assert torch.equal(module(1, 200, 199), whole[:, :, 199:])
+    assert torch.equal(module(3, 50, 17), whole[:, :, 17:20, :50])
+
+
 def test_gradients_of_several_microbatches_add_up(groups):
     module = make_bias(groups)
     for length in (7, 7, 12):  # every call builds a graph of its own
