@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     SPLIT = 8  # where a text is split into prefix and target
     METRO_SPANS = 9  # the METRO paper's own T5 spans
     MASK_SPANS = 10  # lengths and places of METRO's contiguous masks
+    WRITING = 11  # the uniforms that pick the tokens of a generated text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
