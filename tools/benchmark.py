@@ -1,7 +1,7 @@
-"""Measure speed on one CPU thread: tools/benchmark.py {step,pipeline,data,checkpoint}; last line one JSON object.
+"""Measure speed on one CPU thread: benchmark.py {step,pipeline,data,checkpoint,decode}; last line one JSON object.
 
-step: METRO's training step against T5's and against peers. pipeline: messages, unit times against the plan's, cost of
-the CPU adapter. data: preprocessing, batches and loading against megatron-core's own T5 dataset. checkpoint: hashes.
+step: METRO's training step against T5's and peers. pipeline: messages, unit times against the plan's, the CPU adapter.
+data: preprocessing, batches and loading against core's T5 dataset. checkpoint: hashes. decode: writing and scoring.
 """
 
 import argparse
@@ -16,8 +16,7 @@ from megatron_metro.config.errors import exit_on_error
 from megatron_metro.config.parser import Parser, number, whole_number
 from megatron_metro.training import benchmark, benchmark_checkpoint, benchmark_data, benchmark_pipeline
 
-COUNT = {"type": whole_number(1), "metavar": "N"}
-SHARE = {"type": number(0, 1), "metavar": "X"}
+COUNT, SHARE = {"type": whole_number(1), "metavar": "N"}, {"type": number(0, 1), "metavar": "X"}
 KINDS: dict[type, dict[str, Any]] = {int: COUNT, float: SHARE, str: {"choices": ("highest", "high", "medium")}}
 WORKLOAD = fields(benchmark.Workload)
 
@@ -25,7 +24,7 @@ WORKLOAD = fields(benchmark.Workload)
 def _parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("step", "pipeline", "data", "checkpoint"):
+    for name in ("step", "pipeline", "data", "checkpoint", "decode"):
         command = commands.add_parser(name)
         command.add_argument("--rounds", **COUNT, default=9, help="timed rounds, a turn of every contestant each")
         command.add_argument("--warmups", **COUNT, default=2, help="untimed rounds before them")
@@ -47,6 +46,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         return benchmark.compare_steps(workload, steps, *how)
     if arguments.command == "pipeline":
         return benchmark_pipeline.measure_pipeline(*how) | peers.measure_adapter()
+    if arguments.command == "decode":
+        return peers.measure_writing(*how)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.command == "checkpoint":
             return benchmark_checkpoint.measure_checkpoint(Path(folder), *how)

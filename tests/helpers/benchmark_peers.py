@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -73,3 +74,10 @@ def build_core_reader(prefix: str, tokenizer: Tokenizer, num_blocks: int) -> Cal
     dataset = build_core_dataset(prefix, tokenizer)
     samples = count()
     return lambda: [dataset[next(samples) % len(dataset)] for _ in range(num_blocks)]
+
+
+def measure_writing(num_rounds: int, num_warmups: int, report: Callable[[str], None]) -> dict[str, Any]:
+    """Speed of decoding; needs transformers."""
+    from tests.helpers import benchmark_writing
+
+    return benchmark_writing.measure_writing(num_rounds, num_warmups, report)
