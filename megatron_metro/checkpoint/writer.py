@@ -9,20 +9,23 @@ import signal
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import IO, NoReturn, cast
+from typing import IO, NoReturn, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_metro.checkpoint.manifest import FileRecord
 from megatron_metro.config.errors import StorageError, first_line
 
-_PARALLEL_BYTES = 1 << 20  # smaller pieces are hashed faster than another thread is woken
+_PARALLEL_BYTES = 1 << 20  # smaller pieces are copied faster than another thread is woken
+_WAITING_BYTES = 1 << 28  # that wait for the hash, at most; a piece that is larger waits for all others
 _PARENT_CHECK_SECONDS = 0.2
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -38,15 +41,16 @@ class WrittenFile:
 def write_tensors(path: Path, tensors: Iterable[Tensor]) -> WrittenFile:
     """Write a new file of tensors in torch's format, one after another, and synchronise it. Raises OSError."""
     spans = []
-    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        hashing = _HashingFile(file, pool)
+    with open(path, "xb", buffering=0) as file, _Digest() as digest:
+        hashing = _HashingFile(file, digest)
         for tensor in tensors:
             start = hashing.size
-            torch.save(to_host(tensor), cast(IO[bytes], hashing))  # it asks for write and flush only
+            hashing.tensor = to_host(tensor)
+            torch.save(hashing.tensor, cast(IO[bytes], hashing))  # it asks for write and flush only
             hashing.check()
             spans.append((start, hashing.size - start))
         os.fsync(file.fileno())
-    return WrittenFile(record=FileRecord(size=hashing.size, sha256=hashing.hexdigest()), spans=spans)
+        return WrittenFile(record=FileRecord(size=hashing.size, sha256=digest.hexdigest()), spans=spans)
 
 
 def to_host(tensor: Tensor, *, copy: bool = False) -> Tensor:
@@ -56,24 +60,76 @@ def to_host(tensor: Tensor, *, copy: bool = False) -> Tensor:
     return host if is_alone and not (copy and host.data_ptr() == tensor.data_ptr()) else host.clone()
 
 
-class _HashingFile:
-    """What torch.save writes into. Large pieces are written and hashed at the same time."""
+class _Digest:
+    """SHA-256 in a thread of its own, so that writing and synchronising go on meanwhile. Use it as a context."""
 
-    def __init__(self, file: FileIO, pool: ThreadPoolExecutor) -> None:
-        self._file, self._pool, self._digest = file, pool, hashlib.sha256()
+    def __init__(self) -> None:
+        self._sha256, self._pool = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._small = bytearray()
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._waiting_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, view: memoryview) -> None:
+        """Bytes that may change as soon as this returns."""
+        self._small += view
+        if len(self._small) >= _PARALLEL_BYTES:
+            self._submit(self._take_small())
+
+    def add_tensor(self, view: memoryview, owner: Tensor) -> None:
+        """Bytes that stay as they are while `owner` lives."""
+        self._submit(self._take_small())
+        self._submit(view, owner)
+
+    def hexdigest(self) -> str:
+        """Of all bytes in the order they were added."""
+        self._submit(self._take_small())
+        self._wait(0)
+        return self._sha256.hexdigest()
+
+    def _take_small(self) -> memoryview:
+        taken, self._small = self._small, bytearray()
+        return memoryview(taken)
+
+    def _submit(self, view: memoryview, owner: Tensor | None = None) -> None:
+        self._wait(_WAITING_BYTES - view.nbytes)
+        self._waiting.append((self._pool.submit(self._update, view, owner), view.nbytes))
+        self._waiting_bytes += view.nbytes
+
+    def _update(self, view: memoryview, _owner: Tensor | None) -> None:
+        self._sha256.update(view)
+
+    def _wait(self, num_bytes: int) -> None:
+        """Until no more than this many bytes wait; what waits is copies of a device's tensors, which take memory."""
+        while self._waiting and self._waiting_bytes > num_bytes:
+            done, size = self._waiting.popleft()
+            done.result()
+            self._waiting_bytes -= size
+
+
+class _HashingFile:
+    """What torch.save writes `tensor` into."""
+
+    def __init__(self, file: FileIO, digest: _Digest) -> None:
+        self._file, self._digest = file, digest
         self._error: OSError | None = None
+        self.tensor = torch.empty(0)
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
         """After an error of the file system bytes are only counted: torch's own writer does not survive one."""
         view = memoryview(data).cast("B")
-        if self._error is None and view.nbytes < _PARALLEL_BYTES:
-            self._digest.update(view)
+        if self._error is None:
+            if view.nbytes >= _PARALLEL_BYTES and self._is_of_tensor(view):
+                self._digest.add_tensor(view, self.tensor)
+            else:
+                self._digest.add(view)
             self._write_all(view)
-        elif self._error is None:
-            hashed = self._pool.submit(self._digest.update, view)
-            self._write_all(view)
-            hashed.result()
         self.size += view.nbytes
         return view.nbytes
 
@@ -85,9 +141,10 @@ class _HashingFile:
         if self._error is not None:
             raise self._error
 
-    def hexdigest(self) -> str:
-        """SHA-256 of all that was written."""
-        return self._digest.hexdigest()
+    def _is_of_tensor(self, view: memoryview) -> bool:
+        storage = self.tensor.untyped_storage()
+        offset = int(np.frombuffer(view, np.uint8).ctypes.data) - storage.data_ptr()
+        return 0 <= offset <= storage.nbytes() - view.nbytes
 
     def _write_all(self, view: memoryview) -> None:
         try:
