@@ -13,6 +13,7 @@ itself be the one that hangs), and helper processes (which cannot see what the m
 
 import faulthandler
 import json
+import math
 import os
 import sys
 import threading
@@ -67,6 +68,11 @@ class Verdict:
     text: str
     culprits: tuple[int, ...]
     is_hang: bool = False
+
+
+def find_silent(changed_at: Mapping[int, float], world_size: int, since: float) -> list[int]:
+    """Ranks that have shown nothing new since then; one that never came to its first beat is not in `changed_at`."""
+    return [rank for rank in range(world_size) if changed_at.get(rank, -math.inf) < since]
 
 
 def find_culprits(beats: Mapping[int, Beat], silent: Collection[int]) -> tuple[list[int], str]:
@@ -273,7 +279,7 @@ class Watchdog:
             )
             return Verdict(by=self._rank, text=text, culprits=(0,), is_hang=True)
         beats = self._beats
-        silent = [rank for rank in beats if now - self._changed_at[rank] > look / 2]
+        silent = find_silent({rank: self._changed_at[rank] for rank in beats}, self._world_size, now - look / 2)
         culprits, what = find_culprits(beats, silent)
         who = f"rank {_join([self._name(rank) for rank in culprits])} {what}" if culprits else what
         folder = self._status.folder
@@ -286,9 +292,9 @@ class Watchdog:
         return "torchrun" if is_store_in_launcher() else f"rank 0 (pid {process.pid} on {process.host})"
 
     def _name(self, rank: int) -> str:
-        process, beat = self._channel.processes[rank], self._beats[rank]
-        place = f"last seen in phase {beat.phase} after iteration {beat.step}"
-        return f"{rank} (pid {process.pid} on {process.host}, {place})"
+        process, beat = self._channel.processes[rank], self._beats.get(rank)
+        place = f", last seen in phase {beat.phase} after iteration {beat.step}" if beat is not None else ""
+        return f"{rank} (pid {process.pid} on {process.host}{place})"
 
     def _agree(self, verdict: Verdict) -> Verdict:
         """The verdict of whoever spoke first; this one if the store does not answer."""

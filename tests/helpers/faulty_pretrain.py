@@ -18,10 +18,11 @@ from megatron.core.pipeline_parallel import schedules
 
 from megatron_metro.config.errors import DataError
 from megatron_metro.data.loader import StepLoader
-from megatron_metro.training import engine, loop
+from megatron_metro.training import engine
 from megatron_metro.training.engine import Engine
 from megatron_metro.training.loop import Trainer
 from megatron_metro.training.reporting import Reporter
+from megatron_metro.training.saving import Saver
 
 
 def raise_error(error: BaseException) -> None:
@@ -60,7 +61,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "optimizer": (engine, "optimizer_step"),
     "report": (Trainer, "_report"),
     "evaluate": (Engine, "evaluate"),
-    "save": (loop, "save_checkpoint"),
+    "save": (Saver, "save"),
     "log": (Reporter, "step"),
 }
 

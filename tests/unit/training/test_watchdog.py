@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_metro.training.watchdog import Beat, find_culprits, find_slow
+from megatron_metro.training.watchdog import Beat, find_culprits, find_silent, find_slow
 
 
 def beat(num_phases, *, waits=True):
@@ -42,3 +42,7 @@ def test_the_rank_that_others_wait_for_is_blamed(beats, silent, culprits, word):
 )
 def test_a_rank_is_slow_where_others_wait_and_it_does_not(samples, slow):
     assert find_slow(samples) == slow
+
+
+def test_a_rank_is_silent_without_a_new_beat_or_any_at_all():
+    assert find_silent({0: 20.0, 1: 10.0, 3: 18.0}, world_size=4, since=18.0) == [1, 2]
