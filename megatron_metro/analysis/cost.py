@@ -23,9 +23,9 @@ CAUSAL_SHARE = 0.5  # of the score matrix that a causal kernel computes
 FIRST_POSITION_ROW = 2  # rows of a position table before the first position (reference section 1.4)
 
 # FLOPs that a device does in a layer while it moves a byte, by bytes per number. BF16: an H100, 600 TFLOP/s at 3.8 TB/s
-# (reference performance section 1c). FP32: a core of an AMD Zen 5 between what tools/benchmark.py pipeline fits, 3.0 to
-# 5.0 at 8,192 tokens and 9.6 to 10.0 at 32,768, where glibc gives every gradient of the token matrix fresh pages.
-FLOPS_PER_BYTE = {2: 158.0, 4: 7.2}
+# (reference performance section 1c). FP32: a core of an AMD Zen 5; tools/benchmark.py pipeline fits 5.9 at a vocabulary
+# of 8,192 tokens and 5.0 at 32,768.
+FLOPS_PER_BYTE = {2: 158.0, 4: 5.4}
 # Times that a tensor is written or read over, forward and backward.
 TOKEN_GRADIENT_PASSES = 4  # of every use of the token matrix: a dense gradient is written, and added to the main one
 LOGIT_PASSES = 10  # output bias, maximum, exponentials, chunk sums; in the backward pass softmax and difference

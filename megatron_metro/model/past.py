@@ -1,6 +1,6 @@
 """Keys and values that a decoder keeps from token to token while it writes.
 
-megatron-core's own inference context was tried first. It keeps the keys of self-attention alone: handed to a
+megatron-core's own inference context does not serve here. It keeps the keys of self-attention alone: handed to a
 cross-attention it would write the encoder's keys into the buffer of the same layer number, and without it they are
 projected again for every token. It also reserves the longest sequence for the largest batch, and copies all of that
 whenever beams change places. So both kinds are kept here, as plain tensors [positions, rows, local heads, head size],
