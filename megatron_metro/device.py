@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import resource
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -100,6 +101,8 @@ def activate(kind: Literal["auto", "cuda", "cpu"], backend: Backend | None = Non
         return _activate_cuda(backend or "nccl")
     if backend == "nccl":
         raise ConfigError("--distributed-backend: nccl moves no CPU tensors; use gloo (or --device cuda)")
+    # Advice on CUDA's queues, which nobody here has.
+    warnings.filterwarnings("ignore", ".*environment variable CUDA_DEVICE_MAX_CONNECTIONS", UserWarning)
     _install_cpu_adapter()
     return Device(kind="cpu", backend="gloo", torch_device=_CPU)
 

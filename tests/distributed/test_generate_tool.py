@@ -1,7 +1,6 @@
 """tools/generate.py: a saved METRO with its generator, loaded into one process and into other layouts."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,6 @@ SMALL = (
     "--eval-iters", 0, "--lr", 0.02, "--train-iters", 3,
 )  # fmt: skip
 BEAMS = ("--decoding", "beam", "--num-beams", 2, "--length-penalty-form", "hf", "--max-new-tokens", 6)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToolServer]:
-    with ToolServer(tmp_path_factory.mktemp("runs")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
