@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import random
-from dataclasses import dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_metro.checkpoint.folder import (
@@ -23,7 +24,10 @@ from megatron_metro.config import files
 from megatron_metro.config.errors import CheckpointError
 from megatron_metro.config.schema import CheckpointConfig
 from tests.helpers.file_operations import kill_at, kill_self, watch
+from tests.helpers.line_server import LineServer
 from tests.helpers.power_loss import Operation
+
+TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +84,15 @@ class Model:
     """What has been promised of a folder."""
 
     folder: Path
+    saver: "SaveServer"
     announced: dict[int, Save] = field(default_factory=dict)
     attempts: list[Save] = field(default_factory=list)
     num_mixed: int = 0
 
     def save_killed_at(self, save: Save, index: int) -> bool:
-        """Run a save in a child that is killed before its `index`-th operation; whether it was killed."""
+        """Run a save in a process that is killed before its `index`-th operation; whether it was killed."""
         self.attempts.append(save)
-        heard, told = os.pipe()
-        if (child := os.fork()) == 0:
-            _become_saver(save, self.folder, index, told)
-        os.close(told)
-        with os.fdopen(heard, "rb") as pipe:
-            is_announced = pipe.read() == b"announced"
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
+        is_announced, code = self.saver.ask({"save": asdict(save), "folder": str(self.folder), "index": index})
         assert code in (0, -9), code
         if is_announced:
             self.announced[save.iteration] = save
@@ -130,6 +128,27 @@ class Model:
         self.check()
         names = {step_folder(self.folder, n).name for n in self.announced} | {"latest_checkpointed_iteration.txt"}
         assert {path.name for path in self.folder.iterdir()} == names
+
+
+class SaveServer(LineServer):
+    """Forks the processes that save. It has not loaded torch: a fork costs what its parent holds."""
+
+    def __init__(self) -> None:
+        super().__init__("tests.helpers.crashing", TIMEOUT_SECONDS)
+
+
+def serve() -> None:
+    """Answer each attempt with [whether its step was announced, the exit code of its process]."""
+    for line in sys.stdin:
+        attempt = json.loads(line)
+        heard, told = os.pipe()
+        if (child := os.fork()) == 0:
+            _become_saver(Save(**attempt["save"]), Path(attempt["folder"]), attempt["index"], told)
+        os.close(told)
+        with os.fdopen(heard, "rb") as pipe:
+            is_announced = pipe.read() == b"announced"
+        _, status = os.waitpid(child, 0)
+        print(json.dumps([is_announced, os.waitstatus_to_exitcode(status)]), flush=True)
 
 
 def _become_saver(save: Save, folder: Path, index: int, told: int) -> None:
@@ -173,3 +192,7 @@ def _become_recorder(saves: list[Save], folder: Path, trace: Path) -> None:
                 save.let_go(folder)
         os._exit(0)
     os._exit(1)
+
+
+if __name__ == "__main__":
+    serve()

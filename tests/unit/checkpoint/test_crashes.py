@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -10,8 +11,14 @@ import pytest
 from megatron_metro.checkpoint.folder import TRACKER, find_step
 from megatron_metro.checkpoint.manifest import verify_step
 from megatron_metro.config.schema import CheckpointConfig
-from tests.helpers.crashing import Model, Save, record_saves
+from tests.helpers.crashing import Model, Save, SaveServer, record_saves
 from tests.helpers.power_loss import Disk, Operation, build_tree
+
+
+@pytest.fixture(scope="module")
+def saver() -> Iterator[SaveServer]:
+    with SaveServer() as started:
+        yield started
 
 
 def fresh(folder: Path) -> tuple[list[Save], Save]:
@@ -36,13 +43,13 @@ def rotation(folder: Path) -> tuple[list[Save], Save]:
 
 
 @pytest.mark.parametrize("scenario", [fresh, leftover, rollback, rotation])
-def test_a_kill_before_every_operation_of_a_save(tmp_path, scenario):
+def test_a_kill_before_every_operation_of_a_save(saver, tmp_path, scenario):
     num_killed = 0
     for index in count():
         folder = tmp_path / f"{index}"
         folder.mkdir()
         earlier, save = scenario(folder)
-        model = Model(folder)
+        model = Model(folder, saver)
         for other in earlier:
             assert not model.save_killed_at(other, -1)
         was_killed = model.save_killed_at(save, index)
@@ -57,13 +64,13 @@ def test_a_kill_before_every_operation_of_a_save(tmp_path, scenario):
         assert set(model.announced) == {20, 30, 40}
 
 
-def run_random_kills(tmp_path: Path, num_points: int, seed: int) -> int:
+def run_random_kills(saver: SaveServer, tmp_path: Path, num_points: int, seed: int) -> int:
     """Saves into folders that live through many kills, each before a random operation; the number of kills."""
     generator, num_killed, attempt = random.Random(seed), 0, 0
     while num_killed < num_points:
         folder = tmp_path / f"{attempt}"
         folder.mkdir()
-        model = Model(folder)
+        model = Model(folder, saver)
         for _ in range(generator.randrange(1, 25)):
             attempt += 1
             newest = max(model.announced, default=0)
@@ -83,19 +90,19 @@ def run_random_kills(tmp_path: Path, num_points: int, seed: int) -> int:
     return num_killed
 
 
-def test_kills_at_random(tmp_path):
-    assert run_random_kills(tmp_path, 100, seed=1) >= 100
+def test_kills_at_random(saver, tmp_path):
+    assert run_random_kills(saver, tmp_path, 100, seed=1) >= 100
 
 
 @pytest.mark.full
-def test_ten_thousand_kills_at_random(tmp_path, record_property):
+def test_ten_thousand_kills_at_random(saver, tmp_path, record_property):
     record_property(
         "kill points of the publish protocol, 0 announced steps lost, 0 mixed",
-        run_random_kills(tmp_path, 10_000, seed=2),
+        run_random_kills(saver, tmp_path, 10_000, seed=2),
     )
 
 
-def check_power_loss(tmp_path: Path, saves: list[Save], share_of_states: float, seed: int) -> int:
+def check_power_loss(saver: SaveServer, tmp_path: Path, saves: list[Save], share_of_states: float, seed: int) -> int:
     """Recover from states that the disk may be in after any operation of these saves; the number of states."""
     folder = tmp_path / "recorded"
     folder.mkdir()
@@ -114,12 +121,12 @@ def check_power_loss(tmp_path: Path, saves: list[Save], share_of_states: float, 
             num_states += 1
             state = tmp_path / "state"
             build_tree(tree, state)
-            recover(state, announced, by_iteration)
+            recover(saver, state, announced, by_iteration)
             shutil.rmtree(state)
     return num_states
 
 
-def recover(folder: Path, announced: int, saves: dict[int, Save]) -> None:
+def recover(saver: SaveServer, folder: Path, announced: int, saves: dict[int, Save]) -> None:
     chosen = find_step(CheckpointConfig(load=str(folder)))
     if chosen is None:
         assert announced == 0, f"iteration {announced} is lost"
@@ -129,20 +136,22 @@ def recover(folder: Path, announced: int, saves: dict[int, Save]) -> None:
     assert iteration >= announced, f"iteration {announced} is lost"
     for name, content in saves[iteration].contents().items():
         assert (chosen / name).read_bytes() == content, name
-    model = Model(folder, {iteration: saves[iteration]}, list(saves.values()))
+    model = Model(folder, saver, {iteration: saves[iteration]}, list(saves.values()))
     model.check()
 
 
 THREE_SAVES = [Save(10, 1), Save(20, 2, keep_last=1), Save(30, 3, keep_last=1)]
 
 
-def test_states_after_a_loss_of_power(tmp_path):
-    assert check_power_loss(tmp_path, THREE_SAVES, 0.1, seed=1) >= 100
+def test_states_after_a_loss_of_power(saver, tmp_path):
+    assert check_power_loss(saver, tmp_path, THREE_SAVES, 0.1, seed=1) >= 100
 
 
 @pytest.mark.full
-def test_all_states_after_a_loss_of_power(tmp_path, record_property):
-    record_property("states after a loss of power, all recovered", check_power_loss(tmp_path, THREE_SAVES, 1.0, seed=2))
+def test_all_states_after_a_loss_of_power(saver, tmp_path, record_property):
+    record_property(
+        "states after a loss of power, all recovered", check_power_loss(saver, tmp_path, THREE_SAVES, 1.0, seed=2)
+    )
 
 
 def test_the_model_of_a_disk_drops_what_was_not_synchronised(tmp_path):
