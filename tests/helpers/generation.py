@@ -43,7 +43,14 @@ MAX_NEW_TOKENS = 12
 # Standard deviations of what is added to weights, by parts of their names, so that texts differ by source and position:
 # random models soon repeat themselves, Post-LN ones at once unless no sublayer outweighs the others.
 PRE_NORM_SPREADS = {"cross_attention.linear_": 0.8, "relative_bias": 1.6, "": 0.4}
-POST_NORM_SPREADS = {"relative_bias": 1.0, "norm.": 0.1, "bias": 0.1, "position_embeddings": 3.0, "": 0.25}
+POST_NORM_SPREADS = {
+    "cross_attention.linear_": 1.0,
+    "relative_bias": 1.0,
+    "norm.": 0.1,
+    "bias": 0.1,
+    "position_embeddings": 1.0,
+    "": 0.25,
+}
 T5_IDS = WritingIds(start=0, end=1, pad=0)
 METRO_IDS = WritingIds(start=2, end=2, pad=tiny.PAD_ID)
 
