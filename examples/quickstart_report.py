@@ -38,7 +38,7 @@ def restore_held_out(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> list
     _, loader = build_loaders(run, tokenizer, dp_rank=0, dp_size=1)
     if loader is None:
         raise ConfigError(f"{folder}: the run held out no text; train with --valid-data-path")
-    num_distinct = sum(source.packing.num_blocks for source in loader.mixture.sources)
+    num_distinct = sum(source.num_blocks for source in loader.mixture.sources)
     [microbatch] = loader.next_step(1)
     piece = load_model(folder, tokenizer=tokenizer, device=run.training.device)
     return restore_blocks(piece, microbatch.to(next(piece.parameters()).device))[:num_distinct]

@@ -37,6 +37,10 @@ class Microbatch:
     uniforms: Tensor | None = None  # [b, g] in [0, 1), one per sampled token
     encoder_padding: Tensor | None = None  # [b, s] True at pad; None where no block is padded
     decoder_padding: Tensor | None = None  # [b, t]
+    # Of packed rows: which example a position belongs to, from 0 and never falling; None where a row is one text. Pad
+    # is -1 for the encoder; in the decoder, where the causal order hides it, it goes on with the last example.
+    encoder_segments: Tensor | None = None  # [b, s] int64
+    decoder_segments: Tensor | None = None  # [b, t] int64
 
     @property
     def shape(self) -> MicrobatchShape:

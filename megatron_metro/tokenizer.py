@@ -75,6 +75,11 @@ class Vocabulary:
         return self.pad_id if self.is_t5 else self.sentinel_ids[0]
 
     @property
+    def writing_start_id(self) -> int:
+        """What the decoder reads first in fine-tuning and generation: T5's pad, METRO's </s> (reference section 6)."""
+        return self.pad_id if self.is_t5 else self.eos_id
+
+    @property
     def masked_id(self) -> int:
         """What stands where a single token is masked: METRO's first sentinel; T5 has no mask token, its last serves."""
         return self.sentinel_ids[-1 if self.is_t5 else 0]
@@ -95,6 +100,11 @@ class Vocabulary:
     def random_ids(self) -> range:
         """Ids that may stand for a masked token: all but the special ones, METRO's mask piece included."""
         return range(self.first_text_id if self.mask_id is None else self.mask_id, self.vocab_size)
+
+    def frame(self, ids: Sequence[int], *, is_source: bool) -> list[int]:
+        """A text as fine-tuning and generation read it: <s>, if there is one, before a source; </s> after both."""
+        start = [] if self.bos_id is None or not is_source else [self.bos_id]
+        return [*start, *ids, self.eos_id]
 
 
 class Tokenizer:

@@ -11,7 +11,6 @@ from megatron_metro.checkpoint.start import read_saved_settings
 from megatron_metro.config.cli import parse_run
 from megatron_metro.config.errors import DataError, exit_on_error
 from megatron_metro.config.parser import Parser, whole_number
-from megatron_metro.data.indexed import verify_store
 from megatron_metro.data.inspection import describe_samples
 from megatron_metro.data.loader import build_loaders
 from megatron_metro.tokenizer import load_tokenizer
@@ -39,7 +38,7 @@ def main() -> None:
         if loader is None:
             raise DataError(f"--part {own.part} has no documents; see --split and --eval-iters")
         for source in loader.mixture.sources if own.verify else ():
-            verify_store(source.documents.store.prefix, tokenizer.vocabulary, tokenizer.sha256)
+            source.verify(tokenizer.sha256)
         for line in (*loader.mixture.describe(), *describe_samples(loader, tokenizer, own.num_samples)):
             sys.stdout.write(line + "\n")
 

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,19 @@ _SCHEDULE = (
     *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_style"),
     "weight_decay",
 )
+# What a new run may choose for itself, whatever its checkpoint was trained with.
+_CHOSEN_ANEW = {"hidden_dropout", "attention_dropout", "encoder_seq_length", "decoder_seq_length"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tool:
+    """What a tool says of the flags of a run, and their values where neither flags nor a preset give any."""
+
+    description: str = DESCRIPTION
+    start: RunConfig = field(default_factory=RunConfig)
+
+
+_PLAIN_TOOL = Tool()
 
 
 def parse_run(
@@ -41,13 +54,14 @@ def parse_run(
     world_size: int | None,
     tool_flags: Sequence[str] = (),
     read_saved: ReadSaved | None = None,
+    tool: Tool = _PLAIN_TOOL,
 ) -> RunConfig:
     """The resolved, valid run that flags describe for `world_size` processes, or for one replica of the model.
 
     `tool_flags` are those of a tool that took them out of `argv`: a misspelt one is told from a run's. `read_saved`
     finds what --use-checkpoint-args and --use-checkpoint-opt-param-scheduler ask for. Raises ConfigError, one line.
     """
-    config = read_run(argv, tool_flags, read_saved)
+    config = read_run(argv, tool_flags, read_saved, tool)
     if world_size is None:
         world_size = replica_size(config.parallel)
     config = resolve(config, world_size)
@@ -55,39 +69,53 @@ def parse_run(
     return config
 
 
-def read_run(argv: Sequence[str], tool_flags: Sequence[str] = (), read_saved: ReadSaved | None = None) -> RunConfig:
+def read_run(
+    argv: Sequence[str],
+    tool_flags: Sequence[str] = (),
+    read_saved: ReadSaved | None = None,
+    tool: Tool = _PLAIN_TOOL,
+) -> RunConfig:
     """The run that flags describe, each value checked by itself; neither resolved nor validated."""
-    flags = _read_flags(argv, tool_flags)
+    flags = _read_flags(argv, tool_flags, tool)
     file = Source() if flags.config_path is None else read_file(flags.config_path)
-    return _merge(flags.preset or file.preset, file, flags, read_saved=read_saved)
+    preset = flags.preset or file.preset
+    return _merge(tool.start if preset is None else PRESETS[preset](), file, flags, read_saved=read_saved)
 
 
 def load_config(path: str | Path) -> RunConfig:
     """The run that a YAML file describes: the same again for a file that `save_config` wrote."""
     file = read_file(str(path))
-    return _merge(file.preset, file)
+    return _merge(RunConfig() if file.preset is None else PRESETS[file.preset](), file)
 
 
-def _merge(preset: str | None, *sources: Source, read_saved: ReadSaved | None = None) -> RunConfig:
-    """A preset or the defaults, changed by each source in turn; what nobody chose follows the objective."""
-    start = config = RunConfig() if preset is None else PRESETS[preset]()
+def _merge(start: RunConfig, *sources: Source, read_saved: ReadSaved | None = None) -> RunConfig:
+    """The start, a preset or defaults, changed by each source in turn; what nobody chose follows the objective."""
+    config = start
     for source in sources:
         config = change_values(config, source.list_values())
     chosen = {name for source in sources for name in source.list_values()}
     checkpoint = config.checkpoint
     if read_saved is not None and (checkpoint.use_checkpoint_args or checkpoint.use_checkpoint_opt_param_scheduler):
+        if checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
+            raise ConfigError(
+                "--pretrained-checkpoint: there is no checkpoint to take the model from (--use-checkpoint-args); give "
+                "the folder of a run, or --load FOLDER to go on with it"
+            )
         saved, goes_on = read_saved(checkpoint)
         if checkpoint.use_checkpoint_args:
-            config = _follow_checkpoint(config, chosen, saved)
+            config = _follow_checkpoint(config, chosen, saved, goes_on=goes_on)
         if checkpoint.use_checkpoint_opt_param_scheduler and goes_on:
             config = change_values(config, {name: saved[name] for name in _SCHEDULE})
     return follow_objective(config, start, chosen)
 
 
-def _follow_checkpoint(config: RunConfig, chosen: Collection[str], saved: Mapping[str, Value]) -> RunConfig:
+def _follow_checkpoint(
+    config: RunConfig, chosen: Collection[str], saved: Mapping[str, Value], *, goes_on: bool
+) -> RunConfig:
     """The run with the architecture, tokenizer and lengths that a checkpoint was saved with.
 
-    The tokenizer's file may have moved, and what a decoder writes follows from the objective: there flags win.
+    The tokenizer's file may have moved, what a decoder writes follows from the objective, and lengths and dropout of
+    a new run are its own: there flags win.
     """
     names = [name for name, setting in list_settings().items() if setting.section in ("model", "tokenizer")]
     names += ["encoder_seq_length", "decoder_seq_length"]
@@ -97,6 +125,8 @@ def _follow_checkpoint(config: RunConfig, chosen: Collection[str], saved: Mappin
         names.remove("tokenizer_model")
     if "generator_num_layers" in chosen and saved.get("objective") == "spactor":
         names.remove("generator_num_layers")  # its second stage has none
+    if not goes_on:
+        names = [name for name in names if name not in _CHOSEN_ANEW or name not in chosen]
     values = {name: saved[name] for name in names if name in saved}
     for name in values.keys() & set(chosen):
         setting = list_settings()[name]
@@ -139,20 +169,20 @@ class _Collect(argparse.Action):
         self.read(option_string, [values] if isinstance(values, str) else list(values))
 
 
-def _read_flags(argv: Sequence[str], tool_flags: Sequence[str]) -> Source:
+def _read_flags(argv: Sequence[str], tool_flags: Sequence[str], tool: Tool) -> Source:
     source = Source()
-    _, unknown = _build_parser(source).parse_known_args(list(argv))
+    _, unknown = _build_parser(source, tool).parse_known_args(list(argv))
     if unknown:
         known = [spelling for setting in list_settings().values() for spelling in (*setting.flags, *setting.negatives)]
         refuse_unknown(unknown, [*known, *SHORTHANDS, *SPELLINGS, "--preset", "--config", *tool_flags])
     return source
 
 
-def _build_parser(source: Source) -> Parser:
+def _build_parser(source: Source, tool: Tool) -> Parser:
     """A parser that fills `source`; flags are grouped by section so that --help reads from top to bottom."""
     parser = Parser(
         usage="%(prog)s [--preset NAME] [--config run.yaml] [flags]",
-        description=DESCRIPTION,
+        description=tool.description,
         epilog="presets:\n" + "\n".join(f"  {name:15s}{make.__doc__}" for name, make in PRESETS.items()),
     )
     bases = parser.add_argument_group("start", "Where the values of flags that are not given come from.")
@@ -175,7 +205,7 @@ def _build_parser(source: Source) -> Parser:
                     *setting.negatives,
                     action=_Collect,
                     read=partial(_read_setting, source, setting),
-                    help=_describe(setting),
+                    help=_describe(setting, read_value(tool.start, setting)),
                     **_describe_words(setting),
                 )
     hidden: list[tuple[str, ReadWords, int | str | None]] = [
@@ -196,8 +226,7 @@ def _read_setting(source: Source, setting: Setting, flag: str, words: list[str])
         source.set_field(setting, flag, None if is_unset else words)
 
 
-def _describe(setting: Setting) -> str:
-    default = setting.default
+def _describe(setting: Setting, default: Value) -> str:
     if setting.kind is bool:
         default = "on" if default else "off"
     elif default in (None, ()):

@@ -140,6 +140,13 @@ def _measure_dropped(config: RunConfig) -> Measures:
     return _measure_text(length, num_dropped + 1, num_dropped + 1)
 
 
+def _measure_pairs(config: RunConfig) -> Measures:
+    """Rows are as long as the run says, whatever stands in them."""
+    length = config.data.encoder_seq_length
+    decoder_length = config.data.decoder_seq_length or length
+    return _measure_text(length, decoder_length, decoder_length)
+
+
 def _measure_text(encoder_length: int, decoder_length: int, mean_targets: float) -> Measures:
     """Text to text: every position of the decoder is a target."""
     measured = (
@@ -161,4 +168,5 @@ MEASURES: dict[str, Callable[[RunConfig], Measures]] = {
     "mass-style": _measure_restored,
     "deshuffle": _measure_restored,
     "drop-tokens": _measure_dropped,
+    "text-to-text": _measure_pairs,
 }

@@ -16,6 +16,7 @@ from megatron_metro.config.spans import count_noise, metro_span_lengths, span_le
 class Requirements:
     """What an objective can be combined with."""
 
+    reads_pairs: bool = False  # sources and targets from JSON lines; all others make two sides of one text
     generator: Literal["none", "optional", "needed"] = "none"
     lm_targets: tuple[str, ...] = ("masked",)
     masks_tokens: bool = False  # one by one, or with --mask-spans in spans
@@ -41,6 +42,7 @@ def _count_runs(config: RunConfig) -> int:
     return measure_runs(raw_length, count_noise(raw_length, config.objective.mask_prob))[0] + 1
 
 
+SHORTEST_TARGET = 2  # a token and </s>
 MOST_RUNS = 0.5  # the share of noise tokens at which they form the most runs
 OBJECTIVES: dict[str, Requirements] = {
     "metro": Requirements(
@@ -65,7 +67,10 @@ OBJECTIVES: dict[str, Requirements] = {
     "mass-style": Requirements(mask_prob="free"),
     "deshuffle": Requirements(mask_prob="unused"),
     "drop-tokens": Requirements(),
+    "text-to-text": Requirements(mask_prob="unused", reads_pairs=True),
 }
+# Those whose sides are made of one text.
+PRETRAINING = tuple(name for name, needs in OBJECTIVES.items() if not needs.reads_pairs)
 
 
 def _check_rates(config: RunConfig, needs: Requirements) -> None:
@@ -92,6 +97,25 @@ def _check_rates(config: RunConfig, needs: Requirements) -> None:
         or (objective.objective == "spactor" and config.model.has_generator),
         f"--spactor-mask-prob-schedule {objective.spactor_mask_prob_schedule} is for --objective spactor with a "
         f"generator, found {name} and --generator-num-layers {config.model.generator_num_layers}; drop it",
+    )
+
+
+def _check_pairs(config: RunConfig, needs: Requirements) -> None:
+    """What is asked of examples is asked of an objective that has them, and their targets have room."""
+    data, name = config.data, f"--objective {config.objective.objective}"
+    for flag, is_given in (
+        ("--pack-examples", data.pack_examples),
+        ("--truncate-source", data.truncate_source),
+        ("--truncate-target", data.truncate_target),
+    ):
+        require(
+            needs.reads_pairs or not is_given,
+            f"{flag} is about sources and targets, found {name}; drop it or give --objective text-to-text",
+        )
+    require(
+        not needs.reads_pairs or data.decoder_seq_length is None or data.decoder_seq_length >= SHORTEST_TARGET,
+        f"--decoder-seq-length {data.decoder_seq_length} leaves no room for a token and </s>; give at least "
+        f"{SHORTEST_TARGET}",
     )
 
 
@@ -149,6 +173,7 @@ def check_data_of_objective(config: RunConfig) -> None:
         f"--mask-spans changes what metro and electra mask, found {name}; drop it",
     )
     _check_rates(config, needs)
+    _check_pairs(config, needs)
     require(
         needs.takes_lines or config.data.block_mode == "full",
         f"{name} corrupts full blocks, found --block-mode {config.data.block_mode}; give full",

@@ -186,10 +186,11 @@ class ObjectiveConfig:
         "mass-style",
         "deshuffle",
         "drop-tokens",
-    ] = option("metro", "pretraining objective")
+        "text-to-text",
+    ] = option("metro", "what is trained; text-to-text writes targets after sources, all others make both from text")
     mask_prob: float = option(
         0.15,
-        "share of tokens masked (metro, electra) or corrupted (all but prefix-lm, deshuffle)",
+        "share of tokens masked (metro, electra) or corrupted (all but prefix-lm, deshuffle, text-to-text)",
         above=0.0,
         below=1.0,
     )
@@ -257,17 +258,26 @@ class DataConfig:
     """Where the tokens come from and how they become blocks."""
 
     data_path: tuple[str, ...] = option(
-        (), "prefixes of .bin/.idx files, or: weight prefix weight prefix ...", nargs="+"
+        (), "prefixes of .bin/.idx files (text-to-text: JSON lines), or: weight prefix weight prefix ...", nargs="+"
     )
     train_data_path: tuple[str, ...] = option((), "as --data-path, for training only", nargs="+")
     valid_data_path: tuple[str, ...] = option((), "as --data-path, for validation only", nargs="+")
     split: str = option("969,30,1", "proportions of training, validation and test documents")
     data_cache_path: str | None = option(None, "folder of the sample indices; <save>/cache when not given")
     encoder_seq_length: int = option(512, "tokens the encoder reads", alias="--seq-length", minimum=3)
-    decoder_seq_length: int | None = option(None, "tokens the decoder writes; follows from the objective", minimum=0)
+    decoder_seq_length: int | None = option(
+        None,
+        "tokens the decoder writes; follows from the objective, under text-to-text encoder-seq-length when not given",
+        minimum=0,
+    )
     block_mode: Literal["full", "complete_doc"] = option(
         "full", "full: every block holds seq-length tokens; complete_doc: whole lines of one document, padded"
     )
+    pack_examples: bool = option(
+        False, "text-to-text: several examples in a row, none of which sees another; one a row when off"
+    )
+    truncate_source: bool = option(False, "text-to-text: cut sources that are too long, rather than to refuse them")
+    truncate_target: bool = option(False, "text-to-text: cut targets that are too long, rather than to refuse them")
     num_workers: int | None = option(
         None,
         "worker processes that prepare batches, 0 for none; 2 on GPUs and 0 on CPUs, whose cores they would take, when "
@@ -435,7 +445,8 @@ class CheckpointConfig:
     no_load_optim: bool = option(False, "do not load the optimizer state")
     no_load_rng: bool = option(False, "do not load the random states of dropout; it goes on from --seed")
     use_checkpoint_args: bool = option(
-        False, "take architecture, tokenizer and lengths from the checkpoint; flags that say otherwise are an error"
+        False,
+        "take architecture, tokenizer, lengths from the checkpoint; only dropout and lengths of a new run may differ",
     )
     use_checkpoint_opt_param_scheduler: bool = option(
         False, "take learning rates, their schedule and weight decay from the checkpoint, whatever the flags say"

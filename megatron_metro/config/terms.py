@@ -35,11 +35,12 @@ def logit_means_original(objective: ObjectiveConfig) -> bool:
 def follow_objective(config: RunConfig, preset: RunConfig, chosen: Collection[str]) -> RunConfig:
     """What belongs to a preset's objective as the run's own objective needs it; what is `chosen` stays, legal or not.
 
-    Networks without a use are left out, and another objective brings its own loss weights.
+    Networks without a use are left out, with what only works beside them, and another objective brings its own loss
+    weights.
     """
     values: dict[str, Value] = {}
     if OBJECTIVES[config.objective.objective].generator == "none":
-        values["generator_num_layers"] = 0
+        values |= {"generator_num_layers": 0, "copy_mechanism": False, "rtd_position": "encoder"}
     if not has_decoder(config):
         values["decoder_num_layers"] = 0
     if config.objective.objective != preset.objective.objective:

@@ -15,7 +15,7 @@ from megatron_metro.config.model_checks import (
     check_widths,
     derive_decoder_length,
 )
-from megatron_metro.config.objectives import check_switch
+from megatron_metro.config.objectives import OBJECTIVES, check_switch
 from megatron_metro.config.schema import CheckpointConfig, ParallelConfig, RunConfig, TrainingConfig
 
 # What only a run that goes on can heed.
@@ -71,7 +71,10 @@ def require_training_inputs(config: RunConfig) -> None:
         count_steps(config.training) is not None,
         "--train-iters: the run has no length; give --train-iters or --train-samples",
     )
-    require(bool(config.data.data_path or config.data.train_data_path), "--data-path: there is no data; give a prefix")
+    require(
+        bool(config.data.data_path or config.data.train_data_path),
+        "--data-path: there is no data; give a prefix, or JSON lines under --objective text-to-text",
+    )
     tokenizer = config.tokenizer
     require(
         tokenizer.tokenizer_type == "NullTokenizer" or tokenizer.tokenizer_model is not None,
@@ -86,6 +89,15 @@ def require_training_inputs(config: RunConfig) -> None:
         "--tokenizer-type NullTokenizer does not know the vocabulary; give --vocab-size",
     )
     check_switch(config)
+
+
+def require_fine_tuning(config: RunConfig) -> None:
+    """Raise ConfigError unless a run trains on sources and targets."""
+    objective = config.objective.objective
+    require(
+        OBJECTIVES[objective].reads_pairs,
+        f"--objective {objective} is pretraining; start it with tools/pretrain.py, or drop it for text-to-text",
+    )
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -276,7 +288,7 @@ def _check_checkpoints(config: RunConfig) -> None:
         ("--no-load-rng", checkpoint.no_load_rng, "--load", checkpoint.load),
         ("--use-checkpoint-args", checkpoint.use_checkpoint_args, "--load", load),
         *((f"--{name.replace('_', '-')}", getattr(checkpoint, name), "--load", load) for name in _OF_RESUMED),
-        ("--exit-on-missing-checkpoint", checkpoint.exit_on_missing_checkpoint, "--load", checkpoint.load),
+        ("--exit-on-missing-checkpoint", checkpoint.exit_on_missing_checkpoint, "--load", load),
         ("--skip-damaged-checkpoints", checkpoint.skip_damaged_checkpoints, "--load", checkpoint.load),
     )
     for flag, is_given, needed, folder in needs:

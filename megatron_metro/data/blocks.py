@@ -1,7 +1,8 @@
-"""Tokens of packed blocks and what identifies each block: what packing hands to objectives."""
+"""Tokens of packed blocks, what identifies each block, and who gives them: what data sets hand to objectives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,6 +36,40 @@ class Blocks:
             block=self.keys.block[span],
         )
         return Blocks(tokens=self.tokens[span], lengths=self.lengths[span], keys=keys)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextOrigin:
+    """Which text a data set is."""
+
+    path: str  # a file, or the prefix of several
+    sha256: str  # hexadecimal, of the text
+    documents: tuple[int, int]  # [start, stop) of it: what one split sees
+
+
+class Source(Protocol):
+    """An endless, shuffled sequence of the blocks of one data set."""
+
+    @property
+    def origin(self) -> TextOrigin:
+        """What it reads."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of one epoch."""
+
+    @property
+    def size(self) -> int:
+        """What it counts in a blend without weights."""
+
+    def describe(self) -> str:
+        """How much there is, for people."""
+
+    def verify(self, tokenizer_sha256: str) -> None:
+        """Check every byte; DataError names what is wrong."""
+
+    def read(self, ordinals: NDArray[np.int64]) -> Blocks:
+        """The blocks at these places of the sequence."""
 
 
 def map_rows(blocks: Blocks, make_rows: Callable[[Blocks], tuple[NDArray, ...]]) -> list[Tensor]:

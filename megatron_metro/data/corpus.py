@@ -83,9 +83,9 @@ def read_chunks(paths: Iterable[Path]) -> Iterator[Chunk]:
             raise DataError(f"{path} cannot be read: {error or type(error).__name__}") from error
 
 
-def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> Iterator[Document | BadLine]:
-    """The documents of a chunk; blank lines are passed over."""
-    return _parse_json(chunk, keys) if chunk.is_json else _parse_text(chunk, keys)
+def parse_chunk(chunk: Chunk, keys: Sequence[str], hint: str = "see --json-keys") -> Iterator[Document | BadLine]:
+    """The documents of a chunk; blank lines are passed over. `hint` follows what is said of a key that is missing."""
+    return _parse_json(chunk, keys, hint) if chunk.is_json else _parse_text(chunk, keys)
 
 
 def _bare_suffix(path: Path) -> str:
@@ -156,13 +156,13 @@ def _cut_chunks(path: Path, raw: BinaryIO, stream: BinaryIO, is_json: bool) -> I
             return
 
 
-def _parse_json(chunk: Chunk, keys: Sequence[str]) -> Iterator[Document | BadLine]:
+def _parse_json(chunk: Chunk, keys: Sequence[str], hint: str) -> Iterator[Document | BadLine]:
     for number, line in enumerate(chunk.content.split(b"\n"), start=chunk.first_line):
         if not line or line.isspace():
             continue
         place = f"{chunk.path}:{number}"
         try:
-            yield Document(place=place, texts=_pick_texts(json.loads(line.decode()), keys))
+            yield Document(place=place, texts=_pick_texts(json.loads(line.decode()), keys, hint))
         except UnicodeError:
             yield BadLine(place=place, cause="is not valid UTF-8")
         except RecursionError:
@@ -171,13 +171,13 @@ def _parse_json(chunk: Chunk, keys: Sequence[str]) -> Iterator[Document | BadLin
             yield BadLine(place=place, cause=str(error) if isinstance(error, DataError) else f"is not JSON: {error}")
 
 
-def _pick_texts(values: object, keys: Sequence[str]) -> tuple[str, ...]:
+def _pick_texts(values: object, keys: Sequence[str], hint: str) -> tuple[str, ...]:
     """The text of each key; the message of a DataError continues `file:line`."""
     if not isinstance(values, dict):
         raise DataError(f'holds {type(values).__name__}, not an object such as {{"{keys[0]}": ...}}')
     for key in keys:
         if key not in values:
-            raise DataError(f"has no key {key!r}, only {sorted(values)[:5]}; see --json-keys")
+            raise DataError(f"has no key {key!r}, only {sorted(values)[:5]}; {hint}")
         if not isinstance(values[key], str):
             raise DataError(f"has {type(values[key]).__name__} for key {key!r}, not text")
         values[key].encode()  # half of a surrogate pair can be written in JSON, and is no text

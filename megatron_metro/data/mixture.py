@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 from megatron_metro.config.blend import parse_blend, parse_split
 from megatron_metro.config.errors import ConfigError
+from megatron_metro.config.objectives import OBJECTIVES
 from megatron_metro.config.schema import RunConfig
-from megatron_metro.data.blocks import Blocks
+from megatron_metro.data.blocks import Blocks, Source
 from megatron_metro.data.indexed import open_store
 from megatron_metro.data.objectives import Objective
 from megatron_metro.data.packing import BlockSource, DocumentRange, Packing, pack_documents, pack_full
+from megatron_metro.data.pair_rows import PairSource, RowPlan, build_pair_source
+from megatron_metro.data.pairs import open_pairs
 from megatron_metro.data.randomness import BlockKeys
 from megatron_metro.tokenizer import Vocabulary
 
@@ -36,7 +39,7 @@ class TextFacts:
 class Mixture:
     """Sample i of a run, for any i: from which data set, and its block."""
 
-    sources: tuple[BlockSource, ...]
+    sources: tuple[Source, ...]
     weights: tuple[float, ...]  # sum to 1
 
     def read(self, samples: Ints) -> Blocks:
@@ -49,11 +52,9 @@ class Mixture:
         return _reorder(parts, np.argsort(np.concatenate(rows)))
 
     def describe(self) -> list[str]:
-        """One line per data set: prefix, share, documents, tokens and blocks of an epoch."""
+        """One line per data set: path, share, and how much there is."""
         return [
-            f"{source.documents.store.prefix}: {weight:.2%} of samples, "
-            f"{source.documents.stop - source.documents.start} documents, {source.documents.num_tokens} tokens, "
-            f"{source.packing.num_blocks} blocks per epoch"
+            f"{source.origin.path}: {weight:.2%} of samples, {source.describe()}"
             for source, weight in zip(self.sources, self.weights)
         ]
 
@@ -89,32 +90,58 @@ def build_mixture(config: RunConfig, facts: TextFacts, objective: Objective, par
     if part == "valid" and (not values or start == stop):
         return None
     if not values:
-        raise ConfigError(f"{flag} is not given; name the prefix that tools/preprocess_data.py wrote")
-    sources = []
-    pairs = parse_blend(values, flag)
-    for position, (_, prefix) in enumerate(pairs):
-        store = open_store(prefix, facts.vocabulary, facts.tokenizer_sha256)
-        bounds = [round(share * store.num_documents) for share in (start, stop)]
-        documents = DocumentRange(store=store, start=bounds[0], stop=bounds[1])
-        sources.append(_build_source(config, facts, objective, documents, f"{position} {part}"))
+        raise ConfigError(f"{flag} is not given; name the prefix that tools/preprocess_data.py wrote, or JSON lines")
+    blend = parse_blend(values, flag)
+    places = [
+        _Place(path=path, flag=flag, position=position, part=part, share=(start, stop))
+        for position, (_, path) in enumerate(blend)
+    ]
+    sources = [_open_source(config, facts, objective, place) for place in places]
     # Without weights a data set counts by its size.
-    weights = [source.documents.num_tokens if weight is None else weight for source, (weight, _) in zip(sources, pairs)]
+    weights = [source.size if weight is None else weight for source, (weight, _) in zip(sources, blend)]
     return Mixture(sources=tuple(sources), weights=tuple(weight / sum(weights) for weight in weights))
 
 
-def _build_source(
-    config: RunConfig, facts: TextFacts, objective: Objective, documents: DocumentRange, place: str
-) -> BlockSource:
-    # The same text twice in a blend, or in both parts, must not be masked alike; where the file lies is no matter.
-    digest = hashlib.sha256(f"{documents.store.content_sha256} {place}".encode()).digest()
-    identity, seed = int.from_bytes(digest[:8], "little"), config.training.seed
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Which data set, or share of one, stands where in a run."""
+
+    path: str
+    flag: str
+    position: int  # in the blend
+    part: Part
+    share: tuple[float, float]  # [start, stop) of its documents
+
+    def bounds(self, num_documents: int) -> tuple[int, int]:
+        """The documents of the share."""
+        start, stop = (round(share * num_documents) for share in self.share)
+        return start, stop
+
+    def identify(self, content_sha256: str) -> int:
+        """What random numbers are drawn for; where the file lies is no matter.
+
+        The same text twice in a blend, or in both parts, must not be masked alike.
+        """
+        digest = hashlib.sha256(f"{content_sha256} {self.position} {self.part}".encode()).digest()
+        return int.from_bytes(digest[:8], "little")
+
+
+def _open_source(config: RunConfig, facts: TextFacts, objective: Objective, place: _Place) -> Source:
+    open_ = _open_pairs if OBJECTIVES[config.objective.objective].reads_pairs else _open_blocks
+    return open_(config, facts, objective, place)
+
+
+def _open_blocks(config: RunConfig, facts: TextFacts, objective: Objective, place: _Place) -> BlockSource:
+    store = open_store(place.path, facts.vocabulary, facts.tokenizer_sha256)
+    start, stop = place.bounds(store.num_documents)
+    documents = DocumentRange(store=store, start=start, stop=stop)
+    identity, seed = place.identify(store.content_sha256), config.training.seed
     body_length = objective.raw_length - objective.has_bos
     packing: Packing
     if config.data.block_mode == "full":
         packing = pack_full(documents, body_length, seed, identity)
     else:
-        cache_path = find_cache_path(config)
-        packing = pack_documents(documents, body_length, seed, identity, place.endswith("train"), cache_path)
+        packing = pack_documents(documents, body_length, seed, identity, place.part == "train", find_cache_path(config))
     return BlockSource(
         documents=documents,
         packing=packing,
@@ -124,6 +151,19 @@ def _build_source(
         seed=seed,
         identity=identity,
     )
+
+
+def _open_pairs(config: RunConfig, facts: TextFacts, objective: Objective, place: _Place) -> PairSource:
+    shape, cache_path = objective.shape(micro_batch_size=1), find_cache_path(config)
+    pairs = open_pairs(config, place.path, place.flag, cache_path)
+    plan = RowPlan(
+        widths=(shape.encoder_length, shape.decoder_length),
+        is_packed=config.data.pack_examples,
+        seed=config.training.seed,
+        identity=place.identify(pairs.sha256),
+        cache_path=cache_path,
+    )
+    return build_pair_source(pairs, place.bounds(len(pairs)), plan, facts.vocabulary.pad_id)
 
 
 def find_cache_path(config: RunConfig) -> str | None:

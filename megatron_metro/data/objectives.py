@@ -1,4 +1,4 @@
-"""What every pretraining objective offers, and which one a run asks for.
+"""What every objective offers, and which one a run asks for.
 
 An objective states how many tokens a block has, the shape of what it makes, and makes it: one small file each.
 """
@@ -16,6 +16,7 @@ from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.blocks import Blocks
 from megatron_metro.data.metro_objective import build_metro
 from megatron_metro.data.metro_spans import build_metro_spans
+from megatron_metro.data.pair_objective import build_pairs
 from megatron_metro.data.spactor_objective import build_spactor
 from megatron_metro.data.span_objective import build_spans
 from megatron_metro.data.survey_objectives import (
@@ -30,7 +31,7 @@ from megatron_metro.tokenizer import Vocabulary
 
 
 class Objective(Protocol):
-    """What a loader and a pipeline need to know of a pretraining objective."""
+    """What a loader and a pipeline need to know of an objective."""
 
     @property
     def raw_length(self) -> int:
@@ -59,6 +60,7 @@ BUILDERS: dict[str, Callable[[RunConfig, Vocabulary, Lengths], Objective]] = {
     "mass-style": build_mass,
     "deshuffle": build_deshuffle,
     "drop-tokens": build_drop,
+    "text-to-text": build_pairs,
 }
 
 

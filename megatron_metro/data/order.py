@@ -1,11 +1,23 @@
-"""A keyed permutation of 0..n-1 that is computed per index: no table, whatever the number of blocks."""
+"""The order of the blocks of a run: a keyed permutation of each epoch, computed per index, without a table."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_metro.data.randomness import Words
+from megatron_metro.data.randomness import Purpose, Words, draw_words_once
 
 NUM_ROUND_WORDS = 12
+
+
+def order_blocks(
+    ordinals: NDArray[np.int64], num_blocks: int, seed: int, identity: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(epoch, block) at places of the endless sequence of a data set: epoch after epoch, each a new permutation."""
+    epochs, blocks = np.divmod(ordinals, num_blocks)
+    for epoch in np.unique(epochs):
+        rows = epochs == epoch
+        words = draw_words_once(seed, identity, Purpose.ORDER, int(epoch), NUM_ROUND_WORDS)
+        blocks[rows] = permute(blocks[rows], num_blocks, words)
+    return epochs, blocks
 
 
 def permute(indices: NDArray[np.int64], num_items: int, round_words: Words) -> NDArray[np.int64]:

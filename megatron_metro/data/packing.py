@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_metro.config.errors import DataError
-from megatron_metro.data.blocks import Blocks
+from megatron_metro.data.blocks import Blocks, TextOrigin
 from megatron_metro.data.cache import Arrays, load_or_build
-from megatron_metro.data.indexed import TokenStore, check_ids
-from megatron_metro.data.order import NUM_ROUND_WORDS, permute
+from megatron_metro.data.indexed import TokenStore, check_ids, verify_store
+from megatron_metro.data.order import order_blocks
 from megatron_metro.data.randomness import (
     BlockKeys,
     Purpose,
@@ -110,15 +110,41 @@ class BlockSource:
     seed: int
     identity: int
 
+    @property
+    def origin(self) -> TextOrigin:
+        """The documents of the split."""
+        documents = self.documents
+        return TextOrigin(
+            path=documents.store.prefix,
+            sha256=documents.store.full_sha256,
+            documents=(documents.start, documents.stop),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of one epoch."""
+        return self.packing.num_blocks
+
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return self.documents.num_tokens
+
+    def describe(self) -> str:
+        """Documents, tokens and blocks of an epoch."""
+        num_documents = self.documents.stop - self.documents.start
+        return f"{num_documents} documents, {self.documents.num_tokens} tokens, {self.num_blocks} blocks per epoch"
+
+    def verify(self, tokenizer_sha256: str) -> None:
+        """Every byte against the manifest and every id against the vocabulary."""
+        verify_store(self.documents.store.prefix, self.vocabulary, tokenizer_sha256)
+
     def read(self, ordinals: Ints) -> Blocks:
         """The blocks at these places of the sequence."""
-        num_blocks = self.packing.num_blocks
-        epochs, blocks = np.divmod(ordinals, num_blocks)
+        epochs, blocks = order_blocks(ordinals, self.num_blocks, self.seed, self.identity)
         starts, lengths = np.empty_like(blocks), np.empty_like(blocks)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
-            words = draw_words_once(self.seed, self.identity, Purpose.ORDER, int(epoch), NUM_ROUND_WORDS)
-            blocks[rows] = permute(blocks[rows], num_blocks, words)
             starts[rows], lengths[rows] = self.packing.locate(int(epoch), blocks[rows])
         keys = BlockKeys(
             seed=self.seed,

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     METRO_SPANS = 9  # the METRO paper's own T5 spans
     MASK_SPANS = 10  # lengths and places of METRO's contiguous masks
     WRITING = 11  # the uniforms that pick the tokens of a generated text
+    PACKING = 12  # which examples share a row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,6 +37,7 @@ class TextToTextObjective:
     encoder_length: int
     decoder_length: int
     corrupt: Callable[[Blocks], Sides]
+    start_id: int | None = None  # what the decoder reads first, where it is not as in pretraining
     has_bos: bool = False
     pads_inputs: bool = False  # sides may end early
     pads_targets: bool = False
@@ -71,7 +72,8 @@ class TextToTextObjective:
 
     def _make_rows(self, blocks: Blocks) -> tuple[NDArray, ...]:
         sides = self.corrupt(blocks)
-        decoder_tokens = shift_right(sides.targets, self.vocabulary.decoder_start_id)
+        start_id = self.vocabulary.decoder_start_id if self.start_id is None else self.start_id
+        decoder_tokens = shift_right(sides.targets, start_id)
         if self.pads_targets:
             decoder_tokens[np.arange(self.decoder_length) >= sides.target_lengths[:, None]] = self.vocabulary.pad_id
         return (*sides, decoder_tokens)

@@ -21,8 +21,8 @@ class WritingIds:
     def of(vocabulary: Vocabulary, start: str | None = None) -> "WritingIds":
         """T5's decoder starts with pad, METRO's with </s>; METRO's pretraining alone uses the first sentinel."""
         starts = {"eos": vocabulary.eos_id, "pad": vocabulary.pad_id, "sentinel": vocabulary.sentinel_ids[0]}
-        start = start or ("pad" if vocabulary.is_t5 else "eos")
-        return WritingIds(start=starts[start], end=vocabulary.eos_id, pad=vocabulary.pad_id)
+        first = vocabulary.writing_start_id if start is None else starts[start]
+        return WritingIds(start=first, end=vocabulary.eos_id, pad=vocabulary.pad_id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,8 +59,7 @@ class Reader:
     def _encode(self, side: Any, name: str, *, is_source: bool) -> list[int]:
         vocabulary = self.tokenizer.vocabulary
         if isinstance(side, str):
-            start = [] if vocabulary.bos_id is None or not is_source else [vocabulary.bos_id]
-            ids = [*start, *self.tokenizer.encode(side), vocabulary.eos_id]
+            ids = vocabulary.frame(self.tokenizer.encode(side), is_source=is_source)
         elif isinstance(side, list) and side and all(type(i) is int and 0 <= i < vocabulary.vocab_size for i in side):
             ids = side
         else:

@@ -59,9 +59,9 @@ class BiasedAttention(MegatronModule):
     ) -> Tensor:
         """[s, b, n, d] queries and [k, b, n, d] keys and values to [s, b, n*d].
 
-        `attention_mask` is bool, True where a key must be ignored: [b, 1, 1, k] for padding, or [b, 1, s, k] for
-        queries at slots, which it then makes causal too. `attention_bias` is [1 or b, n, s, k]. A single query is the
-        last position: nothing is in its future.
+        `attention_mask` is bool, True where a key must be ignored: [b, 1, 1, k] for padding, or [b, 1, s, k] in packed
+        rows, or for queries at slots, which it then makes causal too. `attention_bias` is [1 or b, n, s, k]. A single
+        query is the last position: nothing is in its future.
         """
         if self.recompute_scores and self.training:
             return tensor_parallel.checkpoint(self._attend, False, query, key, value, attention_mask, attention_bias)

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_metro.model.packed_rows import take_queries
 from megatron_metro.model.past import LayerPast
 from megatron_metro.model.slots import shorten_to_slots
 from megatron_metro.model.specs import LayerSpec
@@ -39,21 +40,22 @@ class AttentionInputs:
     """What a layer reads besides its hidden states."""
 
     bias: Tensor | None = None  # [1, local heads, s, s] relative bias of the self-attention
-    mask: Tensor | None = None  # bool [b, 1, 1, s], True at keys the self-attention must ignore
+    mask: Tensor | None = None  # bool [b, 1, 1 or s, s], True at keys the self-attention must ignore
     context: Tensor | None = None  # [s, b, h] encoder output
-    context_mask: Tensor | None = None  # bool [b, 1, 1, s]
+    context_mask: Tensor | None = None  # bool [b, 1, 1 or t, s], of t positions of the decoder
     slots: Tensor | None = None  # int64 [b, m]: ask only for these positions (unused slots: one past the end)
 
     def at_slots(self, slots_BM: Tensor, length: int, *, is_causal: bool) -> "AttentionInputs":
-        """The same inputs for queries at slots: their rows of the bias, and a mask of one row per slot."""
+        """The same inputs for queries at slots: their rows of bias and masks, and the causal order in the mask."""
         positions = slots_BM.clamp(max=length - 1)
-        bias, mask = self.bias, self.mask
+        bias, mask = self.bias, take_queries(self.mask, positions)
         if bias is not None:
             bias = bias[0][:, positions].transpose(0, 1)
         if is_causal:
             future = torch.arange(length, device=positions.device) > positions[:, None, :, None]
             mask = future if mask is None else mask | future
-        return replace(self, bias=bias, mask=mask, slots=slots_BM)
+        context_mask = take_queries(self.context_mask, positions)
+        return replace(self, bias=bias, mask=mask, context_mask=context_mask, slots=slots_BM)
 
 
 class TransformerLayer(MegatronModule):

@@ -20,6 +20,7 @@ from megatron_metro.config.network_sizes import has_projected_embedding
 from megatron_metro.config.schema import ModelConfig
 from megatron_metro.model.dense import Dense
 from megatron_metro.model.layer import AttentionInputs, LayerPlan, TransformerLayer
+from megatron_metro.model.packed_rows import count_positions
 from megatron_metro.model.past import LayerPast, WritingState
 from megatron_metro.model.relative_bias import RelativeBias
 from megatron_metro.model.specs import LayerSpec
@@ -70,12 +71,17 @@ class PositionEmbeddings(MegatronModule):
         self.weight = Parameter(torch.empty(rows, model.hidden_size, device=device, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, length: int, padding: Tensor | None, start: int = 0) -> Tensor:
+    def forward(self, length: int, padding: Tensor | None, start: int = 0, segments: Tensor | None = None) -> Tensor:
         """Rows for [s] or, with padding (bool [b, length], True at pad), for [s, b]: [s, 1 or b, h].
 
-        Without padding the first position may be another than 0.
+        Without padding the first position may be another than 0. In packed rows, with segments [b, length], positions
+        begin anew with each example.
         """
-        if padding is None:
+        if segments is not None:
+            rows = FIRST_POSITION_ROW + count_positions(segments).t()
+            if padding is not None:
+                rows = torch.where(padding.t(), PADDING_POSITION_ROW, rows)
+        elif padding is None:
             first = FIRST_POSITION_ROW + start
             rows = torch.arange(first, first + length, device=self.weight.device)[:, None]
         else:
@@ -131,14 +137,22 @@ class NetworkShare(MegatronModule):
             layer.relative_bias = RelativeBias(self.config, model, is_decoder=self.is_decoder, tp_group=collection.tp)
         return layer
 
-    def embed(self, words_SBH: Tensor, length: int, padding: Tensor | None, dropout: float, start: int = 0) -> Tensor:
+    def embed(
+        self,
+        words_SBH: Tensor,
+        length: int,
+        padding: Tensor | None,
+        dropout: float,
+        start: int = 0,
+        segments: Tensor | None = None,
+    ) -> Tensor:
         """Word embeddings to the network's input: add positions from `start` on, norm, dropout (reference section 1.2).
 
         Rows at padding become zero in generator and encoder, as in the reference; a decoder has no padding here.
         """
         hidden = words_SBH
         if hasattr(self, "position_embeddings"):
-            hidden = hidden + self.position_embeddings(length, padding, start)
+            hidden = hidden + self.position_embeddings(length, padding, start, segments)
         if hasattr(self, "embedding_norm"):
             hidden = self.embedding_norm(hidden)
         with self.dropout_rng():

@@ -20,6 +20,7 @@ from megatron_metro.losses.copying import mix_losses
 from megatron_metro.losses.step import StepLosses
 from megatron_metro.model.layer import AttentionInputs
 from megatron_metro.model.network import NetworkShare
+from megatron_metro.model.packed_rows import ignored_keys
 from megatron_metro.model.piece_modules import PieceContext
 from megatron_metro.model.slots import fill_slots, mark_real_positions
 from megatron_metro.model.writing import WritingPiece
@@ -137,18 +138,21 @@ class ChainPiece(WritingPiece):
 
     def _run_layer(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
         assert unit.index is not None
-        encoder_padding = microbatch.encoder_padding
-        keys_to_ignore = None if encoder_padding is None else encoder_padding[:, None, None, :]
-        slots = self._slots_after(unit, microbatch)
+        padding, slots = microbatch.encoder_padding, self._slots_after(unit, microbatch)
+        sources, targets = microbatch.encoder_segments, microbatch.decoder_segments
         if unit.kind == "decoder_layer":
-            # Padding stands at the end, where the causal mask already hides it from every real position.
             length = microbatch.shape.decoder_length
             inputs = AttentionInputs(
-                bias=running.bias, context=running.payload.encoder_output, context_mask=keys_to_ignore, slots=slots
+                bias=running.bias,
+                # Padding stands at the end, where the causal order already hides it from every real position.
+                mask=ignored_keys(None, targets, targets),
+                context=running.payload.encoder_output,
+                context_mask=ignored_keys(padding, targets, sources),
+                slots=slots,
             )
         else:
             length = microbatch.shape.encoder_length
-            inputs = AttentionInputs(bias=running.bias, mask=keys_to_ignore, slots=slots)
+            inputs = AttentionInputs(bias=running.bias, mask=ignored_keys(padding, sources, sources), slots=slots)
         share: NetworkShare = getattr(self, unit.network)
         hidden = share.run_layer(unit.index, running.payload.hidden, length, inputs)
         return replace(running, payload=replace(running.payload, hidden=hidden), is_short=slots is not None)
@@ -182,6 +186,7 @@ class ChainPiece(WritingPiece):
             microbatch.encoder_tokens,
             microbatch.encoder_padding,
             self.context.configs["encoder"].hidden_dropout,
+            segments=microbatch.encoder_segments,
         )
         return self._start("encoder", replace(running.payload, hidden=hidden), microbatch)
 
@@ -203,7 +208,11 @@ class ChainPiece(WritingPiece):
 
     def _embed_decoder(self, unit: Unit, running: _Running, microbatch: Microbatch) -> _Running:
         hidden = self._embed(
-            self.decoder, microbatch.decoder_tokens, None, self.context.configs["decoder"].hidden_dropout
+            self.decoder,
+            microbatch.decoder_tokens,
+            None,
+            self.context.configs["decoder"].hidden_dropout,
+            segments=microbatch.decoder_segments,
         )
         payload = replace(running.payload, hidden=hidden, encoder_output=running.payload.hidden)
         return self._start("decoder", payload, microbatch)

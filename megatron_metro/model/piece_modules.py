@@ -132,9 +132,15 @@ class PieceModules(MegatronModule):
         return share.stack_bias(length) if share is not None else None
 
     def _embed(
-        self, share: NetworkShare, tokens_BS: Tensor, padding: Tensor | None, dropout: float, start: int = 0
+        self,
+        share: NetworkShare,
+        tokens_BS: Tensor,
+        padding: Tensor | None,
+        dropout: float,
+        start: int = 0,
+        segments: Tensor | None = None,
     ) -> Tensor:
-        return share.embed(self.word_embeddings(tokens_BS), tokens_BS.shape[1], padding, dropout, start)
+        return share.embed(self.word_embeddings(tokens_BS), tokens_BS.shape[1], padding, dropout, start, segments)
 
     def _build_share(self, network: Network) -> NetworkShare | None:
         kinds = {unit.kind for unit in self.units}

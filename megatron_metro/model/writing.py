@@ -8,6 +8,7 @@ positions, h width, v the rank's columns of the vocabulary.
 from torch import Tensor
 
 from megatron_metro.model.layer import AttentionInputs
+from megatron_metro.model.packed_rows import ignored_keys
 from megatron_metro.model.past import WritingState
 from megatron_metro.model.piece_modules import PieceModules
 
@@ -21,7 +22,7 @@ class WritingPiece(PieceModules):
         `padding` is bool [b, s], True at pad. The first piece of the encoder takes no hidden states.
         """
         assert not self.config.sequence_parallel
-        mask = None if padding is None else padding[:, None, None, :]
+        mask = ignored_keys(padding)
         length = tokens_BS.shape[1]
         bias = self.encoder.stack_bias(length) if any(unit.kind == "encoder_layer" for unit in self.units) else None
         for unit in self.units:
@@ -38,7 +39,7 @@ class WritingPiece(PieceModules):
 
     def start_writing(self, context_SBH: Tensor, padding: Tensor | None) -> WritingState:
         """The state before the first token, from the encoder's output [s, b, h]."""
-        mask = None if padding is None else padding[:, None, None, :]
+        mask = ignored_keys(padding)
         has_layers = any(unit.kind == "decoder_layer" for unit in self.units)
         return WritingState(source_mask=mask, layers=self.decoder.remember(context_SBH) if has_layers else {})
 

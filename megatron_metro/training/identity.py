@@ -66,9 +66,9 @@ def describe_identity(tokenizer: Tokenizer, loader: StepLoader) -> dict[str, Any
         "tokenizer_sha256": tokenizer.sha256,
         "text": [
             {
-                "prefix": source.documents.store.prefix,
-                "sha256": source.documents.store.full_sha256,
-                "documents": [source.documents.start, source.documents.stop],
+                "prefix": source.origin.path,
+                "sha256": source.origin.sha256,
+                "documents": list(source.origin.documents),
                 "share": weight,
             }
             for source, weight in zip(mixture.sources, mixture.weights, strict=True)

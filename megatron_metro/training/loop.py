@@ -163,12 +163,12 @@ def list_agreed(
 ) -> list[str]:
     """What must be the same on all ranks: every flag, the tokenizer, the data that each of them reads by itself."""
     flags = [f"{setting.flag} {read_value(run, setting)}" for setting in list_settings().values()]
-    stores = [
-        source.documents.store
+    origins = [
+        source.origin
         for loader in (train_loader, valid_loader)
         for source in (loader.mixture.sources if loader is not None else ())
     ]
-    texts = [f"{store.prefix}.idx with checksum {store.content_sha256[:12]}" for store in stores]
+    texts = [f"{origin.path} with checksum {origin.sha256[:12]}" for origin in origins]
     return [*flags, f"a tokenizer with checksum {tokenizer.sha256[:12]}", *texts]
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_metro.config.objectives import OBJECTIVES
+from megatron_metro.config.objectives import PRETRAINING
 from megatron_metro.parallel.groups import ParallelGroups
 from tests.helpers import mutations, tiny
 from tests.helpers.distributed import WorkerPool
@@ -24,7 +24,7 @@ OWN_MATRIX = {**tiny.NARROW_GENERATOR, "untie_mlm_head": True, "mlm_head": "line
 VARIED = [
     {"model_name": name, **variant, "num_steps": 2}
     for name, variant in OBJECTIVE_VARIANTS.items()
-    if name not in OBJECTIVES  # those are below, with batches of their own
+    if name not in PRETRAINING  # those are below, with batches of their own
 ]
 VARIED_PLACES = (Row(tp=2, sp=True), Row(pp=2), Row(pp=2, vpp=2))
 MADE_PLACES = (Row(tp=2, sp=True), Row(pp=2), Row(dp=2))
@@ -60,7 +60,7 @@ ROWS = [
     *(replace(place, **variant) for variant in VARIED for place in VARIED_PLACES),
     Row(pp=2, layout="GggMeeR|L", model_name="coco-lm", num_steps=2, **OBJECTIVE_VARIANTS["coco-lm"]),
     # every objective on batches that it makes itself, with T5's architecture for every other
-    *(made_row(place, name, "METRO" if i % 2 else "T5") for i, name in enumerate(OBJECTIVES) for place in MADE_PLACES),
+    *(made_row(place, name, "METRO" if i % 2 else "T5") for i, name in enumerate(PRETRAINING) for place in MADE_PLACES),
     # three
     Row(pp=3),
     Row(pp=3, vpp=4, micro_batch_size=1, model={"decoder_num_layers": 4}),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from megatron_metro.config.objectives import OBJECTIVES
+from megatron_metro.config.objectives import PRETRAINING
 from megatron_metro.parallel.groups import ParallelGroups
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.layouts import Row, all_rows, matrix, overlap_rows
@@ -83,7 +83,7 @@ def test_the_matrix_is_complete() -> None:
         if row.made
     }
     places = [(2, True, 1, 1), (1, False, 2, 1), (1, False, 1, 2), (2, True, 2, 1)]
-    assert {(name, *place) for name in OBJECTIVES for place in places} <= made
+    assert {(name, *place) for name in PRETRAINING for place in places} <= made
     generators = [row.layout.split("M")[0] for rows in GROUPS.values() for row in rows if row.layout and row.pp == 3]
     assert {len(set(range(text.count("|") + 1))) for text in generators} >= {1, 2, 3}
     assert all(len({row.name for row in rows}) == len(rows) for rows in GROUPS.values())

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise, product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_metro.config.chain import build_chain
-from megatron_metro.config.objectives import OBJECTIVES
+from megatron_metro.config.objectives import PRETRAINING
 from megatron_metro.config.schema import DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, RunConfig
 from megatron_metro.config.terms import follow_objective
 from megatron_metro.parallel.layout import StageLayout
@@ -37,6 +37,7 @@ class Row:
     padded: bool = False
     spans: bool = False
     made: bool = False  # batches that the objective itself makes of random text, in the networks it needs
+    pairs: Literal["padded", "packed"] | None = None  # examples of fine-tuning; the reference has one a row
     few_ids: bool = False  # so few that the generator often fills in the original
     layout: str | None = None
     num_steps: int = 5
@@ -63,6 +64,7 @@ class Row:
         parts += [self.recompute] if self.recompute else []
         parts += ["padded"] if self.padded else []
         parts += ["spans"] if self.spans else []
+        parts += [self.pairs] if self.pairs else []
         parts += ["few ids"] if self.few_ids else []
         parts += [self.layout] if self.layout else []
         parts += [self.model_name] if self.model_name else [f"{k}={v}" for k, v in self.model.items()]
@@ -98,12 +100,13 @@ class Row:
 
     def reference(self) -> Case:
         """The same numbers on one process, in one microbatch."""
-        alone = replace(self, micro_batch_size=GLOBAL_BATCH_SIZE, layout=None)
+        pairs: Literal["padded"] | None = "padded" if self.pairs else None
+        alone = replace(self, micro_batch_size=GLOBAL_BATCH_SIZE, layout=None, pairs=pairs)
         return alone._case(ParallelConfig())
 
     def reference_key(self) -> str:
         """Rows with equal keys share a reference."""
-        batches = (self.num_steps, self.padded, self.spans, self.made, self.few_ids)
+        batches = (self.num_steps, self.padded, self.spans, self.made, self.pairs is not None, self.few_ids)
         return repr((self.dtype, batches, self.model, self.objective, self.optimizer))
 
     def _case(self, parallel: ParallelConfig) -> Case:
@@ -118,6 +121,7 @@ class Row:
             padded=self.padded,
             spans=self.spans,
             made=self.made,
+            pairs=self.pairs,
             few_ids=self.few_ids,
             layout=self.layout,
         )
@@ -280,7 +284,7 @@ def made_row(place: Row, objective: str, architecture: str) -> Row:
 def objective_rows(world_size: int) -> list[Row]:
     """Every objective on both architectures in each of the chosen layouts of so many processes."""
     places = [place for place in OBJECTIVE_PLACES if place.world_size == world_size]
-    return [made_row(*row) for row in product(places, OBJECTIVES, ARCHITECTURES)]
+    return [made_row(*row) for row in product(places, PRETRAINING, ARCHITECTURES)]
 
 
 def cut_rows(pp: int, vpp: int) -> list[Row]:

@@ -5,11 +5,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_metro.losses.step import COUNT_NAMES, StepLosses
+from megatron_metro.model import network as network_module
 from megatron_metro.model import piece as piece_module
 from megatron_metro.model import slots as slots_module
+from megatron_metro.model.packed_rows import ignored_keys
 from megatron_metro.parallel.boundary import BoundaryPayload
 from megatron_metro.parallel.groups import all_reduce_sum
 from megatron_metro.training import engine as engine_module
@@ -111,4 +114,37 @@ def local_divisor(engine: Engine) -> Iterator[None]:
         return tensor if tensor.numel() == len(COUNT_NAMES) else all_reduce_sum(tensor, group)
 
     with replaced_attribute(engine_module, "all_reduce_sum", reduce_others):
+        yield
+
+
+@contextmanager
+def seen_sources(engine: Engine) -> Iterator[None]:
+    """In packed rows targets attend to the sources of all examples of their row."""
+
+    def ignore_fewer(padding: Tensor | None, queries: Tensor | None = None, keys: Tensor | None = None) -> Any:
+        return ignored_keys(padding, queries, keys) if queries is keys else ignored_keys(padding)
+
+    with replaced_attribute(piece_module, "ignored_keys", ignore_fewer):
+        yield
+
+
+@contextmanager
+def seen_neighbours(engine: Engine) -> Iterator[None]:
+    """In packed rows sources attend to the other sources of their row, and targets to those before them."""
+
+    def ignore_fewer(padding: Tensor | None, queries: Tensor | None = None, keys: Tensor | None = None) -> Any:
+        return ignored_keys(padding) if queries is keys else ignored_keys(padding, queries, keys)
+
+    with replaced_attribute(piece_module, "ignored_keys", ignore_fewer):
+        yield
+
+
+@contextmanager
+def counted_on(engine: Engine) -> Iterator[None]:
+    """In packed rows positions go on from one example to the next."""
+
+    def count(segments: Tensor) -> Tensor:
+        return torch.arange(segments.shape[1]).expand_as(segments)
+
+    with replaced_attribute(network_module, "count_positions", count):
         yield

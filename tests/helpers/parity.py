@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -27,6 +27,7 @@ from megatron_metro.training.engine import Engine
 from megatron_metro.training.optimizer import set_learning_rate
 from tests.helpers import tiny
 from tests.helpers.objective_cases import made_batch
+from tests.helpers.pair_cases import pair_batch
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,6 +43,7 @@ class Case:
     padded: bool = False
     spans: bool = False
     made: bool = False
+    pairs: Literal["padded", "packed"] | None = None  # examples of fine-tuning, one a row or several
     few_ids: bool = False
     keeps_logits: bool = False
     layout: str | None = None  # pieces by hand, in the string form of --pipeline-model-parallel-layout
@@ -182,14 +184,17 @@ def _build_layout(run: RunConfig, text: str | None) -> StageLayout:
 def local_microbatches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[Microbatch]:
     """This rank's share of the step's global batch, which is the same for every layout."""
     size, whole = case.micro_batch_size, _global_batch(case, 100 + step)
-    count, left = divmod(GLOBAL_BATCH_SIZE, size * dp_size)
-    assert left == 0, f"{dp_size} replicas cannot share {GLOBAL_BATCH_SIZE} sequences in microbatches of {size}"
+    num_sequences = len(whole.encoder_tokens)
+    count, left = divmod(num_sequences, size * dp_size)
+    assert left == 0, f"{dp_size} replicas cannot share {num_sequences} sequences in microbatches of {size}"
     starts = [(j * dp_size + dp_rank) * size for j in range(count)]
     return [_rows(whole, start, start + size) for start in starts]
 
 
 def _global_batch(case: Case, seed: int) -> Microbatch:
     run = case.run
+    if case.pairs is not None:
+        return pair_batch(run.model, seed, is_packed=case.pairs == "packed")
     if case.made:
         return made_batch(run, GLOBAL_BATCH_SIZE, seed)
     if case.spans:

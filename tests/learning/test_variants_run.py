@@ -9,7 +9,7 @@ import pytest
 
 from megatron_metro.config.cli import parse_run
 from megatron_metro.config.fields import change_values
-from megatron_metro.config.objectives import OBJECTIVES
+from megatron_metro.config.objectives import PRETRAINING
 from megatron_metro.config.presets import metro_tiny
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.config.terms import follow_objective
@@ -62,7 +62,7 @@ def test_a_run_of_ten_steps_and_one_that_goes_on(name: str, source: str, device:
         assert [found[key] for key in ("total_loss", "grad_norm")] == [expected["total_loss"], expected["grad_norm"]]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", PRETRAINING)
 def test_metro_tiny_trains_on_every_objective(objective: str, source: str, device: Device, tmp_path: Path) -> None:
     """Through the command's own entry, which starts and ends process groups itself."""
     single_process(device).destroy()

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from megatron_metro.config.cli import format_config, parse_run, read_run
+from megatron_metro.config.cli import Tool, format_config, parse_run, read_run
 from megatron_metro.config.errors import ConfigError
 from megatron_metro.config.fields import list_settings, read_value
-from megatron_metro.config.presets import PRESETS
+from megatron_metro.config.presets import PRESETS, fine_tuning
 from megatron_metro.config.schema import RunConfig
+from megatron_metro.config.validation import require_fine_tuning, resolve, validate
 
 
 def test_no_flags_are_the_defaults():
@@ -263,3 +264,54 @@ def test_a_generator_that_spactor_has_dropped_does_not_contradict_its_flag():
     saved = {**SAVED, "objective": "spactor", "generator_num_layers": 0}
     assert read_with_checkpoint(f"{words} --generator-num-layers 3", saved).model.generator_num_layers == 3
     assert read_with_checkpoint(words, saved).model.generator_num_layers == 0
+
+
+FINE_TUNING = Tool(start=fine_tuning())
+
+
+def tune_from(words, *, goes_on=False, **saved):
+    values = {**SAVED, "generator_num_layers": 4, **saved}
+    words = ["--pretrained-checkpoint", "run", *words.split()]
+    return read_run(words, read_saved=lambda checkpoint: (values, goes_on), tool=FINE_TUNING)
+
+
+def test_fine_tuning_has_the_main_model_of_its_checkpoint():
+    run = tune_from("", copy_mechanism=True, rtd_position="decoder", num_attention_heads=8)
+    assert (run.objective.objective, run.model.hidden_size, run.tokenizer.tokenizer_model) == (
+        "text-to-text",
+        64,
+        "old.model",
+    )
+    assert (run.model.generator_num_layers, run.model.copy_mechanism, run.model.rtd_position) == (0, False, "encoder")
+    assert (run.data.encoder_seq_length, run.data.decoder_seq_length) == (128, None)
+    assert (run.optimizer.lr, run.training.train_iters) == (1e-4, 1000)
+    run = resolve(run, 1)
+    validate(run, 1)
+    assert run.data.decoder_seq_length == 128
+
+
+def test_a_new_run_chooses_its_lengths_and_its_dropout():
+    words = "--encoder-seq-length 64 --decoder-seq-length 16 --hidden-dropout 0.3 --attention-dropout 0.2"
+    run = tune_from(words)
+    assert (run.data.encoder_seq_length, run.data.decoder_seq_length) == (64, 16)
+    assert (run.model.hidden_dropout, run.model.attention_dropout) == (0.3, 0.2)
+    for flag in ("--encoder-seq-length 64", "--decoder-seq-length 16", "--hidden-dropout 0.3"):
+        with pytest.raises(ConfigError, match=f"{flag} contradicts"):
+            tune_from(flag, goes_on=True, objective="text-to-text")
+
+
+def test_fine_tuning_starts_from_something():
+    with pytest.raises(ConfigError, match="--pretrained-checkpoint: there is no checkpoint"):
+        read_run([], read_saved=lambda checkpoint: ({}, False), tool=FINE_TUNING)
+    with pytest.raises(ConfigError, match="--objective t5-span is pretraining"):
+        require_fine_tuning(tune_from("--objective t5-span"))
+    require_fine_tuning(tune_from(""))
+
+
+def test_help_shows_the_defaults_of_its_tool(capsys):
+    for tool, default in ((FINE_TUNING, "0.0001"), (Tool(description="to be shown"), "0.0004")):
+        with pytest.raises(SystemExit):
+            read_run(["--help"], tool=tool)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"peak learning rate (default: {default})" in shown
+        assert ("to be shown" in shown) == (tool is not FINE_TUNING)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_metro.config.lengths import Lengths, mean_lengths, static_lengths
-from megatron_metro.config.objectives import OBJECTIVES
+from megatron_metro.config.objectives import OBJECTIVES, PRETRAINING
 from megatron_metro.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from megatron_metro.data.blocks import Blocks
 from megatron_metro.data.objectives import BUILDERS, build_objective
@@ -49,6 +49,7 @@ def test_lengths_of_all_objectives_at_512():
         "mass-style": (512, 0, 512),
         "deshuffle": (512, 0, 512),
         "drop-tokens": (91, 0, 91),
+        "text-to-text": (512, 0, 512),
     }
     assert set(expected) == set(OBJECTIVES) == set(BUILDERS)
     for name, (decoder, masked, targets) in expected.items():
@@ -60,7 +61,7 @@ def test_lengths_of_all_objectives_at_512():
 
 
 VARIANTS = [
-    *((name, {}) for name in OBJECTIVES),
+    *((name, {}) for name in PRETRAINING),
     ("metro", {"lm_targets": "all"}),
     ("metro", {"lm_targets": "masked-only", "mask_spans": True}),
     ("electra", {"lm_targets": "all"}),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_metro.config.errors import ConfigError
-from megatron_metro.config.objectives import OBJECTIVES
+from megatron_metro.config.objectives import OBJECTIVES, PRETRAINING
 from megatron_metro.data.preprocess import PreprocessOptions, preprocess
 from tests.helpers.corpus import Corpus, ignore_progress
 
@@ -55,7 +55,7 @@ def test_from_text_to_samples(run_tool, corpus: Corpus, tmp_path):
         ("t5-span", 0, ("decoder writes", "<sen001>", "</s>")),
         *(
             (name, 0, ("encoder reads", "decoder writes"))
-            for name in OBJECTIVES
+            for name in PRETRAINING
             if OBJECTIVES[name].generator == "none"
         ),
     ):
@@ -73,13 +73,24 @@ def test_from_text_to_samples_with_t5s_ids(run_tool, corpus: Corpus, tmp_path):
     output = ("--input", corpus.jsonl, "--output-prefix", tmp_path / "data")
     assert run_tool("preprocess_data", *output, *model)[0] == 0
     shape = ("--data-path", f"{tmp_path}/data_text_document", "--seq-length", 64, "--split", "80,20,0")
-    for objective in OBJECTIVES:
+    for objective in PRETRAINING:
         code, out, err = run_tool("inspect_data", *model, *shape, "--objective", objective, "--part", "valid")
         assert code == 0, err
         assert ("decoder reads:   <pad> " in out) == (objective != "electra")
         assert ("<extra_id_0>" in out) == (objective in ("t5-span", "t5-metro", "t5-iid", "spactor"))
         masks = ("metro", "electra", "spactor", "bert-style", "mass-style")
         assert ("<extra_id_39>" in out) == (objective in masks), out
+
+
+def test_pairs_are_shown_as_they_are_read(run_tool, corpus: Corpus, tmp_path):
+    lines = [{"source": text.split()[0], "target": text.split()[-1]} for text in corpus.texts]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--data-path", tmp_path / "pairs.jsonl", "--tokenizer-model", corpus.model, "--generator-num-layers", 0)
+    shape = "--objective text-to-text --seq-length 64 --decoder-seq-length 48 --pack-examples --verify"
+    code, out, err = run_tool("inspect_data", *flags, *shape.split())
+    assert code == 0, err
+    assert "116 examples in" in out and "are padding" in out
+    assert out.count("decoder reads:   </s> ") == 2 and out.count("encoder reads:   <s> ") == 2
 
 
 def test_errors_end_tools_with_one_line_and_their_code(run_tool, corpus: Corpus, tmp_path):

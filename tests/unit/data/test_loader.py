@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_metro.batch import Microbatch
 from megatron_metro.config.errors import ConfigError, DataError
-from megatron_metro.config.objectives import OBJECTIVES
+from megatron_metro.config.objectives import OBJECTIVES, PRETRAINING
 from megatron_metro.config.schema import RunConfig
 from megatron_metro.data.loader import StepLoader, build_loaders
 from megatron_metro.data.mixture import assign_samples
@@ -72,7 +72,7 @@ def test_blend_proportions_and_counts():
 
 
 def test_microbatches_have_the_promised_shapes(corpus):
-    for objective in OBJECTIVES:
+    for objective in PRETRAINING:
         loader = build(make_config(corpus.prefix, objective=objective), corpus)
         for microbatch in loader.next_step(3):
             assert microbatch.shape == loader.objective.shape(4)
@@ -139,7 +139,7 @@ def test_training_and_validation_share_no_token(corpus):
     assert_same(first, valid.next_step(2))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", PRETRAINING)
 def test_layout_and_resuming_change_nothing(corpus, objective):
     """Steps of 24 samples: one rank, then three ranks, then six ranks with another microbatch size."""
     blend = ("30", corpus.prefix, "70", corpus.lines_prefix)

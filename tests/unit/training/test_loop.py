@@ -52,7 +52,7 @@ def test_ranks_must_agree_about_flags_and_text(tmp_path):
     assert [line for line in changed if line not in lines] == ["--lr 0.25"]
     # The same path with other text behind it, as on another machine: every rank builds its batches from its own copy.
     other = copy_and_list(corpus.lines_prefix, run)
-    assert {line.rpartition(" ")[0] for line in set(other) - set(lines)} == {f"{tmp_path}/copy.idx with checksum"}
+    assert {line.rpartition(" ")[0] for line in set(other) - set(lines)} == {f"{tmp_path}/copy with checksum"}
 
 
 def test_half_a_job_in_the_environment_is_refused(monkeypatch):
