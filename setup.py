@@ -20,7 +20,7 @@ INSTALL_REQUIRES = [
 
 # `apex` is declared nowhere: the package of that name on the Python package index is not NVIDIA's. NVIDIA's kernels are
 # probed for at run time; they come with NGC images or from a build of NVIDIA's repository.
-HF = ["transformers>=4.48", "safetensors>=0.4.3"]
+HF = ["transformers>=5.0", "safetensors>=0.4.3"]
 LOGGING = ["tensorboard>=2.16", "matplotlib>=3.8"]
 EXTRAS_REQUIRE = {
     # The build that is tested without a GPU. On a plain index this version of torch is the CUDA build as well.

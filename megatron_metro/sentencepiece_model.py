@@ -1,10 +1,10 @@
-"""The pieces of a SentencePiece model file, and which of them text may become: protocol buffers read by hand."""
+"""What a SentencePiece model file says: its pieces, which of them text may become, its normaliser. Read by hand."""
 
 from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 # Numbers in SentencePiece's model file (a protocol buffer): fields of the model and of a piece, kinds of piece.
-_PIECES_FIELD = 1
+_PIECES_FIELD, _NORMALIZER_FIELD = 1, 3
 _NAME_FIELD, _KIND_FIELD = 1, 3
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _VARINT, _EIGHT_BYTES, _LENGTH_DELIMITED, _FOUR_BYTES = 0, 1, 2, 5
@@ -20,6 +20,16 @@ class Piece(NamedTuple):
 def list_pieces(model: bytes) -> list[Piece]:
     """The pieces in the order of their ids; IndexError when the file is cut off."""
     return [_read_piece(model, *span) for field, *span in _fields(model, 0, len(model)) if field == _PIECES_FIELD]
+
+
+def read_normalizer(model: bytes) -> str:
+    """What the model calls its normaliser, such as nmt_nfkc_cf; IndexError when the file is cut off."""
+    for field, start, end in _fields(model, 0, len(model)):
+        if field == _NORMALIZER_FIELD:
+            for part, first, last in _fields(model, start, end):
+                if part == _NAME_FIELD:
+                    return ascii(model[first:last].decode(errors="replace"))[1:-1]
+    return "unnamed"
 
 
 def reserve_pieces(model: bytes, ids: Container[int]) -> bytes:

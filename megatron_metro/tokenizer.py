@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from megatron_metro.config.errors import ConfigError, DataError
 from megatron_metro.config.schema import TokenizerConfig
-from megatron_metro.sentencepiece_model import Piece, list_pieces, reserve_pieces
+from megatron_metro.pre_tokenizer import pre_tokenize
+from megatron_metro.sentencepiece_model import Piece, list_pieces, read_normalizer, reserve_pieces
 
 MASK_PIECE = "[MASK]"
 MASK_ID = 4
@@ -110,9 +111,13 @@ class Vocabulary:
 class Tokenizer:
     """What every tokenizer offers; ids of special tokens and sentinels never come out of `encode`."""
 
-    def __init__(self, vocabulary: Vocabulary, sha256: str) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, sha256: str, *, normalizer: str = "none", pre_tokenizer: str = "none"
+    ) -> None:
         self.vocabulary = vocabulary
         self.sha256 = sha256  # hexadecimal, of what defines the ids of text; ties data to its tokenizer
+        # Part of what the checksum covers; recorded beside it for people.
+        self.normalizer, self.pre_tokenizer = normalizer, pre_tokenizer
         self.num_pieces = vocabulary.num_pieces
         self.vocab_size = vocabulary.vocab_size
         self.sentinel_ids = vocabulary.sentinel_ids
@@ -125,9 +130,12 @@ class Tokenizer:
         self.first_text_id = vocabulary.first_text_id
 
     @staticmethod
-    def load(path: str | Path, vocab_extra_ids: int) -> "SentencePieceTokenizer":
-        """A SentencePiece model file with `vocab_extra_ids` sentinels, after its pieces or the last of them."""
-        return SentencePieceTokenizer(path, vocab_extra_ids)
+    def load(path: str | Path, vocab_extra_ids: int, pre_tokenizer: str = "none") -> "SentencePieceTokenizer":
+        """A SentencePiece model file with `vocab_extra_ids` sentinels, after its pieces or the last of them.
+
+        `pre_tokenizer` is a choice of --pre-tokenizer.
+        """
+        return SentencePieceTokenizer(path, vocab_extra_ids, pre_tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text; whatever it spells, no special id comes out but unk."""
@@ -169,7 +177,7 @@ class Tokenizer:
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model with METRO's first five ids (<s>, pad, </s>, unk, mask) or T5's three (pad, </s>, unk)."""
 
-    def __init__(self, path: str | Path, vocab_extra_ids: int) -> None:
+    def __init__(self, path: str | Path, vocab_extra_ids: int, pre_tokenizer: str = "none") -> None:
         path = Path(path)
         try:
             model = path.read_bytes()
@@ -191,17 +199,31 @@ class SentencePieceTokenizer(Tokenizer):
         vocabulary = _describe_model(self._processor, path, vocab_extra_ids)
         if sentinels:
             vocabulary = _use_sentinel_pieces(vocabulary, sentinels, path)
-        super().__init__(vocabulary, hashlib.sha256(model).hexdigest())
+        normalizer = read_normalizer(model)
+        super().__init__(vocabulary, _hash(model, pre_tokenizer), normalizer=normalizer, pre_tokenizer=pre_tokenizer)
+        self.model = model  # the file, as it is
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """Ids of each text, in one call that builds no Python integers."""
+        if self.pre_tokenizer != "none":
+            texts = [pre_tokenize(text, lowers=self.pre_tokenizer == "metro-lower") for text in texts]
         return self._processor.encode(texts, out_type="numpy", num_threads=1)
 
     def _decode_pieces(self, ids: list[int]) -> str:
         return self._processor.decode(ids) if ids else ""
 
     def _ordinary_piece(self, token: int) -> str:
-        return self._processor.id_to_piece(token)
+        return self.name_piece(token)
+
+    def name_piece(self, token: int) -> str:
+        """What the model calls one of its pieces."""
+        return str(self._processor.id_to_piece(token))
+
+
+def _hash(model: bytes, pre_tokenizer: str) -> str:
+    """What defines the ids of text: the model, which holds its normaliser, and what comes before it."""
+    digest = hashlib.sha256(model).hexdigest()
+    return digest if pre_tokenizer == "none" else hashlib.sha256(f"{pre_tokenizer} {digest}".encode()).hexdigest()
 
 
 def _describe_model(processor: sentencepiece.SentencePieceProcessor, path: Path, num_sentinels: int) -> Vocabulary:
@@ -309,7 +331,7 @@ def load_tokenizer(config: TokenizerConfig, vocab_size: int | None = None) -> To
             f"--tokenizer-model {config.tokenizer_model} does not end in .model; "
             "add --tokenizer-type SentencePieceTokenizer if it is a SentencePiece model"
         )
-    tokenizer = Tokenizer.load(config.tokenizer_model, config.vocab_extra_ids)
+    tokenizer = Tokenizer.load(config.tokenizer_model, config.vocab_extra_ids, config.pre_tokenizer)
     fitting: list[int | None] = [None, tokenizer.vocab_size]
     if tokenizer.vocabulary.is_t5:
         fitting.append(-(-tokenizer.vocab_size // ROW_MULTIPLE) * ROW_MULTIPLE)

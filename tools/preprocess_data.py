@@ -29,6 +29,7 @@ def _build_parser() -> Parser:
     flag("--tokenizer-model", metavar="FILE", help="SentencePiece .model file")
     flag("--vocab-size", **count, help="ids of the NullTokenizer, sentinels included")
     flag("--vocab-extra-ids", **count, default=512, help="sentinels of the run; they take no part in text")
+    flag("--pre-tokenizer", choices=("none", "metro", "metro-lower"), default="none", help="that of the run")
     flag("--log-interval", **count, default=100_000, help="documents between lines where there is no terminal")
     flag("--partitions", **count, help="ignored: any number of --workers fills one output")
     return parser
@@ -38,8 +39,8 @@ def main() -> None:
     """Tokenise, show progress, report the rate."""
     with exit_on_error():
         flags = vars(_build_parser().read(sys.argv[1:]))
-        tokenizer_flags = {name: flags[name] for name in ("tokenizer_type", "tokenizer_model", "vocab_extra_ids")}
-        tokenizer = load_tokenizer(TokenizerConfig(**tokenizer_flags), flags["vocab_size"])
+        names = ("tokenizer_type", "tokenizer_model", "vocab_extra_ids", "pre_tokenizer")
+        tokenizer = load_tokenizer(TokenizerConfig(**{name: flags[name] for name in names}), flags["vocab_size"])
         options = PreprocessOptions(
             inputs=tuple(flags["input"]),
             json_keys=tuple(flags["json_keys"]),

@@ -291,9 +291,9 @@ def _lm_dense(model: ModelConfig) -> int:
 
 def _lm_head(model: ModelConfig) -> int:
     """What the LM head's unit holds beside the vocabulary matrix."""
-    biases = 0
+    biases = 0 if model.lm_head == "linear" else vocabulary(model)
     if model.lm_head == "roberta":
-        biases = model.hidden_size + _norm(model, model.hidden_size) + vocabulary(model)
+        biases += model.hidden_size + _norm(model, model.hidden_size)
     final_norm = _final_norm(model, "decoder") if model.has_decoder else 0
     return _lm_dense(model) + biases + final_norm + (_rtd_head(model) if model.has_decoder_rtd_head else 0)
 

@@ -31,7 +31,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # in the tracker and as a folder: weights that no run of ours has saved, to start from at step 0
 STATE_VERSION = 2
 _PREVIOUS = "previous"  # of a manifest: what the tracker held before this step
-_LEFTOVERS = ("iter_*.partial", "iter_*.deleted", f".{TRACKER}.*.tmp")
+_LEFTOVERS = ("iter_*.partial", "iter_*.deleted", f"{RELEASE}.*.partial", f".{TRACKER}.*.tmp")
 _STEP = re.compile(r"iter_(\d{7}|[1-9]\d{7,})", re.ASCII)
 
 
@@ -152,18 +152,18 @@ def discard(temporary: Path) -> None:
 def publish(
     temporary: Path, final: Path, document: Mapping[str, Any], known: Mapping[str, FileRecord] | None = None
 ) -> None:
-    """Make a complete step durable, then visible, then the one to resume from.
+    """Make a complete step, or released weights, durable, then visible, then what is loaded next.
 
     `known` holds the files that were synchronised and hashed as they were written. The first error is the end of it:
     after a failed fsync nobody knows what is on the disk. Raises OSError.
     """
     try:
-        previous = _read_tracker(final.parent)
+        previous = read_tracker(final.parent)
     except CheckpointError:
         previous = None  # damaged since the run started; it is replaced below
     write_manifest(temporary, {**document, _PREVIOUS: previous}, known)
     files.publish(temporary, final)
-    _write_tracker(final.parent, document["train"]["iteration"])
+    _write_tracker(final.parent, RELEASE if final.name == RELEASE else document["train"]["iteration"])
 
 
 def list_expendable(checkpoint: CheckpointConfig, newest: int) -> list[Path]:
@@ -198,7 +198,7 @@ def _find_newest(folder: Path) -> Path | None:
     A save that was cut short between the two renames leaves the tracker at what it held before; the newest step, which
     knows that, is whole and durable then, and is the one. All else is refused: it could be a damaged tracker.
     """
-    announced, saved = _read_tracker(folder), list_iterations(folder)
+    announced, saved = read_tracker(folder), list_iterations(folder)
     if not saved:
         if announced is None:
             if (folder / RELEASE).is_dir():
@@ -238,7 +238,7 @@ def _existing_step(folder: Path, name: int | str) -> Path:
     return step
 
 
-def _read_tracker(folder: Path) -> str | None:
+def read_tracker(folder: Path) -> str | None:
     """A number without leading zeros, or `release`; None where there is no tracker. Raises CheckpointError."""
     tracker = folder / TRACKER
     try:
@@ -255,5 +255,5 @@ def _read_tracker(folder: Path) -> str | None:
     return text
 
 
-def _write_tracker(folder: Path, iteration: int) -> None:
+def _write_tracker(folder: Path, iteration: int | str) -> None:
     files.write_atomically(folder / TRACKER, str(iteration).encode())

@@ -1,16 +1,17 @@
 """What a person or a script wants to know of saved steps: which there are, what is in them, where they come from."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_metro.checkpoint.folder import RELEASE, list_iterations, step_folder
-from megatron_metro.checkpoint.manifest import MANIFEST
-from megatron_metro.checkpoint.reader import StepReader
+from megatron_metro.checkpoint.manifest import MANIFEST, list_files, verify_contents
+from megatron_metro.checkpoint.reader import StepReader, open_step
 from megatron_metro.config.errors import CheckpointError
 
 _BLOCK = 1 << 22  # numbers measured at once, in float64
@@ -45,6 +46,35 @@ def list_steps(folder: Path, iteration: int | None) -> list[Path]:
     if not found or not found[0].is_dir():
         raise CheckpointError(f"{found[0] if found else folder}: holds no checkpoint; give the folder of a run")
     return found
+
+
+def verify_steps(steps: Sequence[Path]) -> None:
+    """Compare every byte of steps with their manifests and print a line for each, under a progress bar.
+
+    Raises CheckpointError or UnsafeError.
+    """
+    records = {step: list_files(step) for step in steps}
+    total = sum(record.size for files in records.values() for record in files.values())
+    with tqdm(total=total, disable=None, unit="B", unit_scale=True) as progress:
+        for step, files in records.items():
+            for name, record in files.items():
+                verify_contents(step, [name], files)
+                progress.update(record.size)
+            progress.write(f"{step}: whole, {len(open_step(step, verify=False).names())} tensors")
+
+
+def describe_step(step: Path) -> dict[str, Any]:
+    """Where a step comes from and, as `tensors`, what is in it; plain JSON. Raises CheckpointError or UnsafeError."""
+    reader = open_step(step)
+    reports = list(tqdm(report_tensors(reader), disable=None, total=len(reader.names()), unit="tensor"))
+    origin = {"step": str(reader.folder), **describe_origin(reader.document), "total": total(reports)}
+    return {**origin, "tensors": [asdict(report) for report in reports]}
+
+
+def format_step(description: Mapping[str, Any]) -> Iterator[str]:
+    """The same as lines for people."""
+    yield from format_origin({name: value for name, value in description.items() if name != "tensors"})
+    yield from format_table([TensorReport(**tensor) for tensor in description["tensors"]])
 
 
 def report_tensors(reader: StepReader) -> Iterator[TensorReport]:

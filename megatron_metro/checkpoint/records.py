@@ -9,7 +9,7 @@ import io
 import struct
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickletools import genops
 from typing import Any
@@ -32,18 +32,19 @@ class Pairs(list[tuple[Any, Any]]):
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """An object: what would be called, with what, and the state it would be given."""
+    """An object: what would be called, with what, and the items and the state it would be given."""
 
     name: str
     arguments: tuple[Any, ...]
     state: Any = None
+    items: Pairs = field(default_factory=Pairs)  # of a dictionary with a class of its own, such as OrderedDict
 
 
 PERSISTENT_ID = "persistent id"  # the name of a record for what lies outside the pickle: torch's storages
 
 
 def read_records(content: bytes, path: Path, expected: Collection[str]) -> Any:
-    """The value of a pickle, made of None, bool, int, str, tuple, list, `Pairs`, `Global` and `Record`.
+    """The value of a pickle, made of None, bool, int, float, str, tuple, list, `Pairs`, `Global` and `Record`.
 
     Raises UnsafeError, naming the file and the global, where the pickle refers to anything but the `expected` names,
     and CheckpointError where it is damaged or was not written by torch.
@@ -105,6 +106,11 @@ class _Machine:
     def number(self, size: int, *, signed: bool = False) -> int:
         """The next little-endian number."""
         return int.from_bytes(self.take(size), "little", signed=signed)
+
+    def real_number(self) -> float:
+        """The next 64-bit floating-point number."""
+        (value,) = struct.unpack(">d", self.take(8))
+        return float(value)
 
     def line(self) -> str:
         """The text up to the end of the line."""
@@ -192,7 +198,9 @@ class _Machine:
         """Keys and values in turn, for the dictionary on top."""
         if len(items) % 2:
             raise ValueError("a key has no value")
-        self.top(Pairs).extend(zip(items[::2], items[1::2]))
+        is_object = bool(self._stack) and type(self._stack[-1]) is Record
+        target = self.top(Record).items if is_object else self.top(Pairs)
+        target.extend(zip(items[::2], items[1::2]))
 
     def append(self, items: list[Any]) -> None:
         """Values for the list on top."""
@@ -211,6 +219,7 @@ _ACTIONS: dict[int, Callable[[_Machine], None]] = {
     ord("M"): lambda machine: machine.push(machine.number(2)),
     ord("J"): lambda machine: machine.push(machine.number(4, signed=True)),
     0x8A: lambda machine: machine.push(machine.number(machine.number(1), signed=True)),
+    ord("G"): lambda machine: machine.push(machine.real_number()),
     0x8C: lambda machine: machine.push(machine.take(machine.number(1)).decode()),
     ord("X"): lambda machine: machine.push(machine.take(machine.number(4)).decode()),
     ord("]"): lambda machine: machine.push([]),

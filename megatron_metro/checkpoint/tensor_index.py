@@ -11,7 +11,7 @@ import os
 import random
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -69,8 +69,11 @@ class StoredTensor:
     chunks: tuple[Chunk, ...]
 
 
-def read_index(folder: Path) -> dict[str, StoredTensor]:
+def read_index(folder: Path, *, passes_over_bytes: bool = False) -> dict[str, StoredTensor]:
     """The tensors of a step by name, in the order of the names.
+
+    With `passes_over_bytes`, byte items, in which other programs keep random states and FP8 scales, stay where they
+    are: not a byte of them is read.
 
     Raises UnsafeError where the file asks for anything that would run code (it names the file and the global, or the
     byte item), CheckpointError where it is missing, damaged or does not fit the files beside it.
@@ -81,8 +84,15 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     try:
         fields = _fields(root, _CLASSES + "Metadata")
         entries = _pairs(fields["state_dict_metadata"])
-        _refuse_bytes(entries, path)
-        storage = {_storage_key(key): _storage_place(value) for key, value in _pairs(fields["storage_data"])}
+        byte_items = _list_bytes(entries)
+        if byte_items and not passes_over_bytes:
+            raise UnsafeError(
+                f"{path}: {_describe(byte_items[0])} is a byte item, a pickle that loading would run; "
+                "save the step with this program, which writes none"
+            )
+        passed_over = frozenset(map(_name, byte_items))
+        entries = Pairs((key, value) for key, value in entries if key not in passed_over)
+        storage = _read_storage(_pairs(fields["storage_data"]), passed_over)
         index = _read_tensors(entries, storage)
         _check_files(folder, storage.values())
     except MetroError:
@@ -106,13 +116,19 @@ def _read_small_file(path: Path) -> bytes:
     return content
 
 
-def _refuse_bytes(entries: Pairs, path: Path) -> None:
-    for key, value in entries:
-        if type(value) is Record and value.name == _CLASSES + "BytesStorageMetadata":
-            raise UnsafeError(
-                f"{path}: {_describe(key)} is a byte item, a pickle that loading would run; "
-                "save the step with this program, which writes none"
-            )
+def _list_bytes(entries: Pairs) -> list[Any]:
+    """Names of the items that are no tensors."""
+    kind = _CLASSES + "BytesStorageMetadata"
+    return [key for key, value in entries if type(value) is Record and value.name == kind]
+
+
+def _read_storage(pairs: Pairs, passed_over: Container[Any]) -> dict[tuple[str, tuple[int, ...]], Chunk]:
+    """Where each chunk of a tensor lies, by the tensor's name and the chunk's offset."""
+    storage = {}
+    for key, value in pairs:
+        if _name(_fields(key, _CLASSES + "MetadataIndex")["fqn"]) not in passed_over:
+            storage[_storage_key(key)] = _storage_place(value)
+    return storage
 
 
 def _read_tensors(entries: Pairs, storage: Mapping[tuple[str, tuple[int, ...]], Chunk]) -> dict[str, StoredTensor]:

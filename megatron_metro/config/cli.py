@@ -82,6 +82,18 @@ def read_run(
     return _merge(tool.start if preset is None else PRESETS[preset](), file, flags, read_saved=read_saved)
 
 
+def read_settings(argv: Sequence[str], tool_flags: Sequence[str] = ()) -> dict[str, Value]:
+    """The settings, by field name, that flags give, each value checked by itself; no preset and no file.
+
+    Raises ConfigError.
+    """
+    source = _read_flags(argv, tool_flags, _PLAIN_TOOL)
+    for flag, value in (("--preset", source.preset), ("--config", source.config_path)):
+        if value is not None:
+            raise ConfigError(f"{flag} {value} describes a whole run; give single settings")
+    return source.list_values()
+
+
 def load_config(path: str | Path) -> RunConfig:
     """The run that a YAML file describes: the same again for a file that `save_config` wrote."""
     file = read_file(str(path))

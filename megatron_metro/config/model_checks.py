@@ -184,7 +184,7 @@ def check_heads(config: RunConfig) -> None:
         f"{model.decoder_num_layers}; drop it, or give --objective electra",
     )
     for flag, is_given in (
-        ("--lm-head roberta", model.lm_head == "roberta"),
+        (f"--lm-head {model.lm_head}", model.lm_head != "linear"),
         ("--copy-mechanism", model.copy_mechanism),
     ):
         require(
@@ -192,8 +192,8 @@ def check_heads(config: RunConfig) -> None:
             f"{flag} changes the LM head, which {name} has not; give --encoder-lm-head or drop {flag}",
         )
     require(
-        not (model.lm_head == "roberta" and model.scale_lm_output),
-        "--lm-head roberta normalises what --scale-lm-output scales; drop one of them",
+        not (model.lm_head != "linear" and model.scale_lm_output),
+        f"--scale-lm-output is for --lm-head linear, found --lm-head {model.lm_head}; drop one of them",
     )
     require(
         model.rtd_position == "encoder" or (model.has_decoder and kind != "others" and not _writes_masked_only(config)),

@@ -39,10 +39,7 @@ class ModelConfig:
         None, "width of one head; hidden-size / num-attention-heads when not given", minimum=1
     )
     generator_hidden_size: int | None = option(
-        None,
-        "width of the generator; where it is not hidden-size, embeddings are projected",
-        minimum=1,
-        maximum=1_048_576,
+        None, "width of the generator; embeddings are projected to another one", minimum=1, maximum=1_048_576
     )
     generator_ffn_hidden_size: int | None = option(
         None,
@@ -128,8 +125,8 @@ class ModelConfig:
         "encoder",
         "whose output the RTD head reads: the encoder's, or the decoder's at every position (METRO's ablation)",
     )
-    lm_head: Literal["linear", "roberta"] = option(
-        "linear", "LM head: the vocabulary matrix alone; dense, ReLU and norm before it and a bias after it"
+    lm_head: Literal["linear", "linear-bias", "roberta"] = option(
+        "linear", "LM head: the vocabulary matrix; a bias after it (Megatron-LM's T5); dense, ReLU and norm before too"
     )
     copy_mechanism: bool = option(
         False, "let the LM head copy the corrupted input's token where the RTD head calls it original (COCO-LM)"
@@ -295,6 +292,9 @@ class TokenizerConfig:
     )
     tokenizer_model: str | None = option(None, "SentencePiece model file")
     vocab_extra_ids: int = option(512, "sentinels appended to the vocabulary", minimum=1)
+    pre_tokenizer: Literal["none", "metro", "metro-lower"] = option(
+        "none", "before SentencePiece: nothing; METRO's splitting at punctuation, also to lower case as released"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

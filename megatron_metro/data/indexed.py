@@ -77,7 +77,8 @@ def open_store(prefix: str, vocabulary: Vocabulary, tokenizer_sha256: str) -> To
         if (manifest.tokenizer_sha256, manifest.num_pieces) != (tokenizer_sha256, vocabulary.num_pieces):
             raise DataError(
                 f"--data-path {prefix} was made with tokenizer {manifest.tokenizer_sha256[:12]} of "
-                f"{manifest.num_pieces} pieces, the run's is {tokenizer_sha256[:12]} of {vocabulary.num_pieces}; "
+                f"{manifest.num_pieces} pieces and --pre-tokenizer {manifest.pre_tokenizer}, the run's is "
+                f"{tokenizer_sha256[:12]} of {vocabulary.num_pieces}; "
                 "give that tokenizer or preprocess again"
             )
     dataset = IndexedDataset(prefix)
@@ -215,6 +216,8 @@ class StoreFiles:
         bin_bytes = self._bin.stat().st_size
         return Manifest(
             tokenizer_sha256=origin.tokenizer_sha256,
+            normalizer=origin.normalizer,
+            pre_tokenizer=origin.pre_tokenizer,
             num_pieces=origin.num_pieces,
             num_documents=len(self.builder.document_indices) - 1,
             num_sequences=len(self.builder.sequence_lengths),
@@ -239,6 +242,8 @@ class TokenWriter:
         self._vocabulary = tokenizer.vocabulary
         self._origin = Origin(
             tokenizer_sha256=tokenizer.sha256,
+            normalizer=tokenizer.normalizer,
+            pre_tokenizer=tokenizer.pre_tokenizer,
             num_pieces=tokenizer.num_pieces,
             append_eod=append_eod,
             split_lines=split_lines,

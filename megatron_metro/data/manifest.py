@@ -4,12 +4,14 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from megatron_metro.config.errors import DataError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+# What version 1 did not say: there was no pre-tokeniser then.
+_ADDED = {"normalizer": "unknown", "pre_tokenizer": "none"}
 CHECKSUM_BLOCK_BYTES = 16 * 2**20
 
 
@@ -21,6 +23,9 @@ class Origin:
     num_pieces: int
     append_eod: bool
     split_lines: bool
+    # Known by the checksum already; named for people.
+    normalizer: str = field(compare=False)
+    pre_tokenizer: str = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,8 @@ class Manifest:
     idx_bytes: int
     idx_sha256: str
     bin_crc32: tuple[int, ...]
+    normalizer: str
+    pre_tokenizer: str
     version: int = MANIFEST_VERSION
 
     @property
@@ -49,6 +56,8 @@ class Manifest:
             num_pieces=self.num_pieces,
             append_eod=self.append_eod,
             split_lines=self.split_lines,
+            normalizer=self.normalizer,
+            pre_tokenizer=self.pre_tokenizer,
         )
 
     def to_json(self) -> bytes:
@@ -70,9 +79,11 @@ def read_manifest(prefix: str) -> Manifest | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({_shorten(error)}); preprocess the data again") from error
+    if isinstance(values, dict) and values.get("version") == 1:
+        values = {**_ADDED, **values, "version": MANIFEST_VERSION}
     if not isinstance(values, dict) or values.get("version") != MANIFEST_VERSION:
         raise DataError(f"{path} is no manifest of version {MANIFEST_VERSION}; preprocess the data again")
-    wrong = [field.name for field in fields(Manifest) if not _has_kind(values.get(field.name), field.type)]
+    wrong = [known.name for known in fields(Manifest) if not _has_kind(values.get(known.name), known.type)]
     if wrong or len(values) != len(fields(Manifest)):
         raise DataError(f"{path} is damaged: fields {wrong or sorted(values)}; preprocess the data again")
     return Manifest(**{**values, "bin_crc32": tuple(values["bin_crc32"])})

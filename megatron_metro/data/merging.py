@@ -67,7 +67,7 @@ def _check_origin(prefix: str, found: Origin | None, first: str, expected: Origi
         return
     for field in fields(Origin):
         values = getattr(found, field.name), getattr(expected, field.name)
-        if values[0] != values[1]:
+        if values[0] != values[1] and field.compare:
             raise DataError(
                 f"{prefix} was made with {field.name} {values[0]}, {first} with {values[1]}; preprocess both alike"
             )

@@ -63,22 +63,26 @@ class MlmHead(MegatronModule):
 
 
 class LmTransform(MegatronModule):
-    """What makes a vocabulary matrix a RoBERTa head: dense, ReLU and norm before it, a bias after it.
+    """What stands around the LM head's matrix: a bias after it and, with `has_dense`, dense, ReLU and norm before it.
 
-    Written as the generator's head is (reference section 1.7), for the METRO paper's ablation of its LM head.
+    The bias alone makes it Megatron-LM's T5 head. With the dense layer it is written as the generator's head is
+    (reference section 1.7), for the METRO paper's ablation of its LM head.
     """
 
-    def __init__(self, config: TransformerConfig, spec: LayerSpec, shard: VocabShard) -> None:
+    def __init__(self, config: TransformerConfig, spec: LayerSpec, shard: VocabShard, *, has_dense: bool) -> None:
         super().__init__(config)
-        self.dense = Dense(config, config.hidden_size, config.hidden_size, sees_shard=False)
-        self.norm = spec.norm(config, config.hidden_size, sees_shard=False)
+        if has_dense:
+            self.dense = Dense(config, config.hidden_size, config.hidden_size, sees_shard=False)
+            self.norm = spec.norm(config, config.hidden_size, sees_shard=False)
         device = torch.cuda.current_device()
         self.output_bias = Parameter(torch.empty(shard.num_columns, device=device, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.output_bias, True, 0, 1)
 
     def forward(self, rows_RH: Tensor, matrix: TokenMatrix) -> Tensor:
         """[r, h] hidden states at target slots to [r, v] logits."""
-        logits: Tensor = matrix(self.norm(functional.relu(self.dense(rows_RH))), project=True)
+        if hasattr(self, "dense"):
+            rows_RH = self.norm(functional.relu(self.dense(rows_RH)))
+        logits: Tensor = matrix(rows_RH, project=True)
         return logits + self.output_bias
 
 

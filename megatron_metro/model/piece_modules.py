@@ -74,8 +74,9 @@ class PieceModules(MegatronModule):
         context, model = self.context, self.context.model
         if model.untie_embeddings_and_output_weights:
             self.lm_head = TokenMatrix(self.config, context.shard, context.collection)
-        if model.lm_head == "roberta":
-            self.lm_transform = LmTransform(self.config, context.spec, context.shard)
+        if model.lm_head != "linear":
+            has_dense = model.lm_head == "roberta"
+            self.lm_transform = LmTransform(self.config, context.spec, context.shard, has_dense=has_dense)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None

@@ -12,7 +12,7 @@ from megatron_metro.config.chain import Network
 from megatron_metro.config.network_sizes import network_sizes
 from megatron_metro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
     "gated-gelu": partial(functional.gelu, approximate="tanh"),  # as T5 v1.1 was trained
@@ -62,7 +62,7 @@ def _architecture(model: ModelConfig, network: Network) -> dict[str, object]:
         "layernorm_epsilon": model.norm_epsilon,
         "add_bias_linear": model.add_bias_linear,
         "gated_linear_unit": model.activation == "gated-gelu",
-        "activation_func": _ACTIVATIONS[model.activation],
+        "activation_func": ACTIVATIONS[model.activation],
         # Weights come from initialisation.py, as a function of name and shape that no layout changes.
         "perform_initialization": False,
     }

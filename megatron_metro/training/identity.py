@@ -39,7 +39,7 @@ _SETTINGS = {
 # Of those sections: checksums stand for paths, the rest is of the start, of validation or of the machine.
 _FREE = {
     *("data_path", "train_data_path", "valid_data_path", "split", "data_cache_path", "num_workers"),
-    *("tokenizer_model", "tokenizer_type"),
+    *("tokenizer_model", "tokenizer_type", "pre_tokenizer"),
     *("init_method", "init_method_std", "make_vocab_size_divisible_by"),
     "eval_all_positions",
 }
@@ -64,6 +64,8 @@ def describe_identity(tokenizer: Tokenizer, loader: StepLoader) -> dict[str, Any
     mixture = loader.mixture
     return {
         "tokenizer_sha256": tokenizer.sha256,
+        "normalizer": tokenizer.normalizer,
+        "pre_tokenizer": tokenizer.pre_tokenizer,
         "text": [
             {
                 "prefix": source.origin.path,
@@ -145,7 +147,10 @@ def _show(value: Value) -> str:
 
 def _compare_tokenizers(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[Difference]:
     old, new = saved["tokenizer_sha256"], identity["tokenizer_sha256"]
-    if old != new:
+    before, now = (known.get("pre_tokenizer", "none") for known in (saved, identity))
+    if before != now:
+        yield Difference(flag="--pre-tokenizer", old=before, new=now, override="override_tokenizer")
+    elif old != new:
         yield Difference(
             flag="--tokenizer-model",
             old=f"of checksum {old[:12]}",

@@ -7,7 +7,7 @@ from tests.helpers.repository import PACKAGE, list_python_files, parse, relative
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 MAX_TOOL_LINES = 60
-MAX_LIBRARY_LINES = 20_000
+MAX_LIBRARY_LINES = 23_000
 CODE_FOLDERS = ("megatron_metro", "tools", "examples", "tests")
 
 

@@ -48,6 +48,11 @@ class _Call:
         return self._what
 
 
+def make_call(command: str) -> object:
+    """An object whose pickle runs a command."""
+    return _Call(os.system, command)
+
+
 def payloads(command: str) -> dict[str, tuple[bytes, str]]:
     """Pickles by kind, each with the global that a refusal must name."""
     system = f"{os.system.__module__}.system"  # posix.system

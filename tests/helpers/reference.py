@@ -160,7 +160,8 @@ class ReferenceMetro:
         head = self.weights["lm_head.weight"] if self.model.untie_embeddings_and_output_weights else self.vocab
         if self.model.lm_head == "linear":
             return x @ head[: self.model.vocab_size].t()
-        x = self._norm("lm_transform.norm", functional.relu(self._linear("lm_transform.dense", x)))
+        if self.model.lm_head == "roberta":
+            x = self._norm("lm_transform.norm", functional.relu(self._linear("lm_transform.dense", x)))
         return x @ head[: self.model.vocab_size].t() + self.weights["lm_transform.output_bias"][: self.model.vocab_size]
 
     def _embed(self, network: str, tokens: Tensor, padding: Tensor | None) -> Tensor:

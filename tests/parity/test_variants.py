@@ -24,6 +24,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "RTD on the decoder, all positions": ({"rtd_position": "decoder"}, {"lm_targets": "all"}),
     "RoBERTa's LM head": ({"lm_head": "roberta"}, {}),
     "RoBERTa's LM head, untied": ({"lm_head": "roberta", "untie_embeddings_and_output_weights": True}, {}),
+    "an LM head with a bias": ({"lm_head": "linear-bias"}, {}),
     "all positions": ({}, {"lm_targets": "all"}),
     "masked tokens only": ({}, {"lm_targets": "masked-only"}),
     "electra": (ELECTRA, {"objective": "electra"}),

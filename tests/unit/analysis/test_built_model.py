@@ -10,6 +10,7 @@ from megatron_metro.analysis.cost import CAUSAL_SHARE, count_parameters, forward
 from megatron_metro.config.chain import build_chain
 from megatron_metro.config.lengths import static_lengths
 from megatron_metro.config.presets import metro_tiny
+from megatron_metro.model.weights import has_vocabulary_rows, weight_shapes
 from megatron_metro.parallel.layout import balance, shared_weights, single_piece
 
 RUN = metro_tiny()
@@ -36,6 +37,7 @@ VARIANTS = {
         "mlm_head": "linear", "untie_mlm_head": True, "rtd_head": "gelu", "scale_lm_output": True,
     },
     "RTD on the decoder": {"rtd_position": "decoder", "lm_head": "roberta"},
+    "an LM head with a bias": {"lm_head": "linear-bias", "norm_placement": "pre", "activation": "gelu"},
     "copies": {"copy_mechanism": True, "untie_embeddings_and_output_weights": True},
     "pre-norm, RTD on the decoder": {"rtd_position": "decoder", "norm_placement": "pre", "rtd_head": "simple"},
     "electra": {"decoder_num_layers": 0},
@@ -67,6 +69,16 @@ def test_parameters_of_every_piece_and_holders_of_shared_weights(variant, groups
             weights = dict(_build(model, layout, groups, pp_rank)[chunk].named_parameters())
             assert sum(weight.numel() for weight in weights.values()) == count_parameters(units, model)
             assert {name for name in holders if name in weights} == {n for n, held in holders.items() if index in held}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_names_and_shapes_of_every_weight(variant, groups):
+    model = replace(RUN.model, **VARIANTS[variant])
+    [piece] = _build(model, single_piece(build_chain(model)), groups)
+    built = {name: list(weight.shape) for name, weight in piece.named_parameters()}
+    for name in filter(has_vocabulary_rows, built):
+        built[name][0] = model.vocab_size
+    assert {name: list(shape) for name, shape in weight_shapes(model).items()} == built
 
 
 @pytest.mark.parametrize(

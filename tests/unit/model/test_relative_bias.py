@@ -5,7 +5,8 @@ import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from megatron_metro.config.schema import ModelConfig, RunConfig
-from megatron_metro.model.relative_bias import RelativeBias, expand_diagonals, metro_buckets, t5_buckets
+from megatron_metro.model.buckets import metro_buckets, t5_buckets
+from megatron_metro.model.relative_bias import RelativeBias, expand_diagonals
 from megatron_metro.model.transformer_config import build_transformer_configs
 
 # Reference section 1.4: the first distance of each bucket.

@@ -28,7 +28,7 @@ IDENTITY = {
 # Everything that a section's name does not say, written down a second time.
 FREE = (
     *("data_path", "train_data_path", "valid_data_path", "split", "data_cache_path", "num_workers"),
-    *("tokenizer_model", "tokenizer_type"),
+    *("tokenizer_model", "tokenizer_type", "pre_tokenizer"),
     *("init_method", "init_method_std", "make_vocab_size_divisible_by", "eval_all_positions"),
 )
 PRECISION = ("bf16", "fp16", "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window")
