@@ -252,7 +252,9 @@ def variant_rows(world_size: int) -> list[Row]:
     """Every variant in each of the chosen layouts of so many processes."""
     places = [row for row in VARIANT_PLACES if row.world_size == world_size]
     named = [{"model_name": name, **variant} for name, variant in OBJECTIVE_VARIANTS.items()]
-    return [replace(place, **variant) for place, variant in product(places, [*VARIANTS, *named])]
+    rows = [replace(place, **variant) for place, variant in product(places, [*VARIANTS, *named])]
+    # Without a generator there are fewer units than the most pieces.
+    return [row for row in rows if row.pp * row.vpp <= len(build_chain(row.case().run.model))]
 
 
 # Where every objective trains on batches of its own, on METRO's architecture and on T5's.
