@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import gc
 import os
+import random
 import signal
 import socket
 import tempfile
@@ -26,6 +27,7 @@ import psutil
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
 START_TIMEOUT_SECONDS = 240.0
+_PORTS = (12_000, 32_000)
 _SPAWN = get_context("spawn")
 
 
@@ -176,11 +178,12 @@ def run_distributed(
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, below those that the system gives to connections between now and its use."""
+    while True:
+        port = random.SystemRandom().randrange(*_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _serve(pipe: connection.Connection, rank: int, world_size: int, port: int, stack_file: str) -> None:

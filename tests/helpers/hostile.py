@@ -309,7 +309,7 @@ def _poisoned_shards(command: str) -> list[HostileFile]:
         "sparse": (saved(torch.zeros(32).to_sparse()), 77),
         "zip bomb": (archive({"archive/data.pkl": b"\0" * 50_000_000}, zipfile.ZIP_DEFLATED), 66),
         "no archive": (b"PK" + b"\0" * 5000, 66),
-        "two directories": (twice + plain[:-22], 66),
+        "two directories": (twice + plain[:-22], 77),
         "truncated archive": (plain[:-1], 66),
     }
     return [

@@ -8,7 +8,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.distributed import free_port
 from tests.helpers.line_server import LineServer
 from tests.helpers.repository import ROOT
 
@@ -97,9 +97,7 @@ class ToolServer(LineServer):
         last_flags: Sequence[object] = (),
     ) -> list[ToolRun]:
         """The same command on all ranks of a job at once, as torchrun would start it; the last rank has more flags."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         job = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started = [
