@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first tier, what CI runs: style, types, then all tests but the full tier. Under 30 minutes on 2 cores.
+# The first tier, what CI runs: style, types, then all tests but the full tier. About 30 minutes on 2 cores.
 #
 #   bash tests/run.sh
 #
